@@ -1,0 +1,44 @@
+# Everything sets itself up: each target makes .venv first when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint format bench docs clean
+
+demo: $(VENV)/ready  ## The main job on real input: distil a student, quantize it, measure it, write its card
+	$(RUN) examples/quickstart.py $(ARGS)
+
+test: $(VENV)/ready  ## The fast tests
+	$(RUN) -m pytest -q -m "not slow and not network and not gpu" $(ARGS)
+
+test-slow: $(VENV)/ready  ## Processes, resumed runs, examples
+	$(RUN) -m pytest -q -m "slow" $(ARGS)
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/ready
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about an hour on 2 cores)
+	$(RUN) benchmarks/main_job.py
+	$(RUN) benchmarks/latency.py
+	$(RUN) benchmarks/step_overhead.py
+	$(MAKE) docs
+
+docs: $(VENV)/ready  ## docs/api.md from the docstrings, README's table from benchmarks/results
+	$(RUN) docs/generate.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache runs
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(RUN) -m pip install -q --upgrade pip
+	$(RUN) -m pip install -q -c constraints.txt -e ".[all,dev]"
+	touch $@

@@ -1,0 +1,41 @@
+"""The compression extension of Hugging Face transformers: distil, quantize, measure, publish.
+
+Importing the package registers its checkpoint loader with transformers; everything else is imported when it is first
+used.
+"""
+
+import importlib
+from typing import Any
+
+from hfshrink import checkpoint as _checkpoint  # noqa: F401  registers the loader for compressed layers
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CompressionReport": "record",
+    "DistillationMixin": "distillation",
+    "DistillationTrainer": "distillation",
+    "HfshrinkError": "errors",
+    "LogitLoss": "distillation",
+    "compare": "evaluation",
+    "evaluate": "evaluation",
+    "load": "loading",
+    "make_student": "distillation",
+    "model_card": "cards",
+    "profile": "evaluation",
+    "quantize": "quantization",
+    "report": "record",
+    "to_dense": "checkpoint",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"hfshrink.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'hfshrink' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

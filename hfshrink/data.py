@@ -1,0 +1,410 @@
+"""From a data set to batches.
+
+Read it, find its columns, encode it with the model's processor, order labels as the model does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.modules import accepted_inputs, max_positions
+from hfshrink.progress import progress
+from hfshrink.record import config_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+INPUT_COLUMNS = ("input_ids", "pixel_values")
+LABEL_COLUMNS = ("labels", "label", "label_ids", "ner_tags", "tags")
+IGNORED = -100  # label id of positions that take no part in a loss or a metric
+
+
+def read_dataset(data: Any, split: str | None = None) -> Dataset:
+    """A `datasets.Dataset` from itself, a folder written by `save_to_disk`, or a Hub id.
+
+    Raises:
+        SettingError: Wrong type, empty, several splits and none named, or a streaming data set.
+        CheckpointError: The folder or Hub id can't be read.
+    """
+    import datasets
+
+    if isinstance(data, str | Path):
+        data = _read_by_name(str(data), split)
+    if isinstance(data, datasets.DatasetDict):
+        if split is None or split not in data:
+            raise SettingError(
+                f"This data set has the splits {', '.join(data)}; choose one, as in dataset[{next(iter(data))!r}]."
+            )
+        data = data[split]
+    if isinstance(data, datasets.IterableDataset):
+        raise SettingError(
+            "Expected a data set with a length, got a streaming one. Take some rows first: "
+            "Dataset.from_list(list(it.take(n)))."
+        )
+    if not isinstance(data, datasets.Dataset):
+        raise SettingError(f"Expected a datasets.Dataset, a folder or a Hub id, got {type(data).__name__}.")
+    if len(data) == 0:
+        raise SettingError("The data set is empty: it has no rows.")
+    return data
+
+
+def encode(
+    dataset: Dataset,
+    model: Any,
+    processor: Any,
+    task: str,
+    *,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    max_length: int | None = None,
+) -> Dataset:
+    """Turn raw rows into model inputs, with the column `labels` where the data set has labels.
+
+    A data set that already has `input_ids` or `pixel_values` is taken as encoded. Text comes from `text_columns`, else
+    from the only one or two columns of strings (two are a pair). Labels are put in the order of the model's `label2id`
+    by their names.
+
+    Args:
+        dataset: The rows.
+        model: A model or export; its config tells the labels, its position embeddings the longest input.
+        processor: Its tokenizer or image processor; None is fine for encoded rows.
+        task: One of `hfshrink.loading.TASKS`.
+        text_columns: One or two names of columns of text (or of lists of words).
+        label_column: Name of the label column; None takes `labels`, `label`, `label_ids`, `ner_tags` or `tags`.
+        max_length: Longest input in tokens; None takes what tokenizer and model can read.
+
+    Raises:
+        SettingError: Columns that are missing or can't be told apart, labels that the model does not have, no
+            processor.
+    """
+    label_column = find_label_column(dataset, label_column)
+    labels = None if label_column is None else model_labels(dataset, label_column, model)
+    if any(name in dataset.column_names for name in INPUT_COLUMNS):
+        encoded = dataset if label_column is None else dataset.remove_columns([label_column])
+    elif processor is None:
+        raise SettingError(
+            f"The data set has raw columns ({', '.join(dataset.column_names)}) and the model no tokenizer or "
+            f"processor beside it. "
+            "Pass processor=, or a data set with input_ids or pixel_values."
+        )
+    elif task == "image-classification":
+        encoded = _encode_images(dataset, processor)
+    else:
+        encoded, labels = _encode_text(dataset, model, processor, task, text_columns, labels, label_column, max_length)
+    return encoded if labels is None else encoded.add_column("labels", labels)
+
+
+def batches(
+    encoded: Dataset, model: Any, processor: Any = None, batch_size: int = 32, description: str = ""
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Padded batches of rows of like length, longest first (so that memory runs out at once or never).
+
+    Yields:
+        (row numbers, inputs): each input a tensor of shape (batch, …); `labels` among them where the data set has
+        them.
+    """
+    if batch_size < 1:
+        raise SettingError(f"batch_size must be at least 1, got {batch_size}.")
+    order = list(range(len(encoded)))
+    if "input_ids" in encoded.column_names:
+        lengths = row_lengths(encoded)
+        order.sort(key=lambda row: -lengths[row])
+    plain = encoded.with_format(None)
+    starts = range(0, len(order), batch_size)
+    for start in progress(starts, description, total=len(starts)) if description else starts:
+        rows = order[start : start + batch_size]
+        columns = plain[rows]
+        yield rows, collate(columns, model, processor)
+
+
+def collate(columns: Mapping[str, Sequence[Any]], model: Any, processor: Any = None) -> dict[str, torch.Tensor]:
+    """Stack columns into tensors; shorter sequences are padded on the tokenizer's side (right without one).
+
+    Raises:
+        SettingError: A column can't be stacked, or needs padding and has no pad id.
+    """
+    tensors = {}
+    left = getattr(processor, "padding_side", "right") == "left"
+    for name, values in columns.items():
+        if name == "labels" and any(label is None for label in values):
+            raise SettingError("A label is missing (None) in the column 'labels'. Filter those rows out.")
+        try:
+            rows = [torch.as_tensor(value) for value in values]
+        except (TypeError, ValueError, RuntimeError):
+            continue  # a text column kept for the user's own sake
+        shapes = {row.shape for row in rows}
+        if len(shapes) == 1:
+            tensors[name] = torch.stack(rows)
+            continue
+        if any(len(shape) != 1 for shape in shapes):
+            raise SettingError(
+                f"Rows of the column {name!r} have different shapes ({sorted(map(tuple, shapes))[:3]}); can't stack "
+                f"them."
+            )
+        fill = _pad_value(name, model, processor)
+        longest = max(len(row) for row in rows)
+        padding = [((longest - len(row), 0) if left else (0, longest - len(row))) for row in rows]
+        tensors[name] = torch.stack(
+            [torch.nn.functional.pad(row, p, value=fill) for row, p in zip(rows, padding, strict=True)]
+        )
+    if "input_ids" in tensors and "attention_mask" not in tensors:
+        mask = [torch.ones(len(row), dtype=torch.long) for row in columns["input_ids"]]
+        tensors["attention_mask"] = collate({"attention_mask": mask}, model, processor)["attention_mask"]
+    return tensors
+
+
+def random_inputs(
+    model: Any, processor: Any = None, *, batch_size: int, length: int | None = None, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Seeded random inputs, for tracing, timing and checking without data.
+
+    Args:
+        model: A model or export.
+        processor: Its tokenizer or image processor; it decides which inputs there are. None takes all of the family's.
+        batch_size: Rows.
+        length: Tokens per row; None for images, whose size the config tells.
+        seed: Of the ids and pixels; the caller's random state stays as it was.
+
+    Returns:
+        name -> tensor: token ids of shape (batch_size, length), of which the last row is half padding and each row's
+        second half is a second sentence, or `pixel_values` of shape (batch_size, channels, height, width).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = config_of(model)
+    names = input_names(model, processor)
+    inputs = {}
+    if "pixel_values" in names:
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs["pixel_values"] = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
+    if length is None:
+        return inputs
+    words = torch.randint(config.get_text_config().vocab_size, (batch_size, length), generator=generator)
+    mask = torch.ones_like(words)
+    if batch_size > 1:
+        mask[-1, (length + 1) // 2 :] = 0
+    second = (torch.arange(length) >= length // 2).long().expand(batch_size, length).contiguous()
+    made = {
+        "input_ids": words,
+        "attention_mask": mask,
+        "token_type_ids": second.clamp(max=getattr(config, "type_vocab_size", 1) - 1),
+        "decoder_input_ids": words,
+    }
+    return inputs | {name: value for name, value in made.items() if name in names}
+
+
+def input_names(model: Any, processor: Any = None) -> set[str]:
+    """Names of the inputs that a tokenizer or image processor makes and the model takes.
+
+    An export tells what it was traced with.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return {name for component in model.components.values() for name in component.metadata.kwargs}
+    config = config_of(model)
+    family = {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
+    names = set(getattr(getattr(processor, "tokenizer", processor), "model_input_names", family)) & accepted_inputs(
+        model
+    )
+    if getattr(config, "is_encoder_decoder", False):
+        names.add("decoder_input_ids")
+    return names
+
+
+def row_lengths(encoded: Dataset) -> list[int]:
+    """Number of tokens of each row, read from the Arrow offsets without decoding the rows."""
+    import pyarrow.compute as pc
+
+    column = encoded.with_format("arrow")[:]["input_ids"]
+    return [int(n) for n in pc.list_value_length(column).to_pylist()]
+
+
+def find_label_column(dataset: Dataset, label_column: str | None = None) -> str | None:
+    """The name of the label column, None where there is none.
+
+    Raises:
+        SettingError: The named column does not exist.
+    """
+    if label_column is not None:
+        if label_column not in dataset.column_names:
+            raise SettingError(
+                f"There is no column {label_column!r}; the data set has {', '.join(dataset.column_names)}."
+            )
+        return label_column
+    return next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
+
+
+def model_labels(dataset: Dataset, column: str, model: Any) -> list[Any]:
+    """The labels of a data set as the model's label ids (class numbers, or what the column holds for other heads).
+
+    Names, where the data set has them (strings or `ClassLabel`), decide over numbers.
+
+    Raises:
+        SettingError: A missing label, a name or number that the model does not have.
+    """
+    import datasets
+
+    values = dataset.with_format(None)[column]
+    values = list(values)
+    if any(value is None for value in values):
+        raise SettingError(f"The column {column!r} has a row without label (None). Filter those rows out.")
+    feature = dataset.features[column]
+    inner = getattr(feature, "feature", feature)
+    flat = _flatten(values)
+    config = config_of(model)
+    if isinstance(inner, datasets.ClassLabel):
+        mapping = _name_mapping(inner.names, config)
+        return [_map(value, mapping) for value in values]
+    if flat and all(isinstance(value, str) for value in flat):
+        known = {str(name).casefold(): index for name, index in config.label2id.items()}
+        missing = sorted({value for value in flat if value.casefold() not in known})
+        if missing:
+            raise SettingError(f"The labels {missing[:5]} in {column!r} are not among the model's: {config.label2id}.")
+        return [_map(value, {name: known[name.casefold()] for name in set(flat)}) for value in values]
+    return values
+
+
+def check_class_labels(labels: Sequence[Any], num_labels: int) -> None:
+    """Raise `SettingError` where a class number lies outside 0..num_labels-1 (ignored positions are fine)."""
+    bad = sorted({value for value in _flatten(labels) if value != IGNORED and not 0 <= value < num_labels})
+    if bad:
+        raise SettingError(
+            f"Labels must lie in 0..{num_labels - 1} for this model, got {bad[:5]}. Is it the right data set?"
+        )
+
+
+def _read_by_name(name: str, split: str | None) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Can't read the data set {name!r}: {error}. Give a folder that save_to_disk wrote, or check the name "
+            f"and the network."
+        ) from error
+
+
+def _name_mapping(names: Sequence[str], config: Any) -> dict[int, int]:
+    known = {str(name).casefold(): index for name, index in config.label2id.items()}
+    unnamed = all(name == f"LABEL_{index}" for name, index in config.label2id.items())
+    if unnamed and len(names) == len(known):
+        return {index: index for index in range(len(names))}
+    missing = [name for name in names if name.casefold() not in known]
+    if missing:
+        raise SettingError(f"The data set's labels {missing[:5]} are not among the model's: {config.label2id}.")
+    return {index: known[name.casefold()] for index, name in enumerate(names)}
+
+
+def _map(value: Any, mapping: Mapping[Any, int]) -> Any:
+    return [_map(item, mapping) for item in value] if isinstance(value, list) else mapping.get(value, value)
+
+
+def _flatten(values: Sequence[Any]) -> list[Any]:
+    return [item for value in values for item in (_flatten(value) if isinstance(value, list | tuple) else [value])]
+
+
+def _encode_images(dataset: Dataset, processor: Any) -> Dataset:
+    import datasets
+
+    column = next((n for n, f in dataset.features.items() if isinstance(f, datasets.Image)), None)
+    column = column or next((name for name in ("image", "img", "pixels") if name in dataset.column_names), None)
+    if column is None:
+        raise SettingError(f"Found no column of images among {', '.join(dataset.column_names)}; call it 'image'.")
+
+    def pixels(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        images = [image.convert("RGB") if hasattr(image, "convert") else image for image in rows[column]]
+        return {"pixel_values": processor(images, return_tensors="np")["pixel_values"]}
+
+    return dataset.map(pixels, batched=True, batch_size=64, remove_columns=dataset.column_names)
+
+
+def find_text_columns(dataset: Dataset, text_columns: Sequence[str] | None = None) -> list[str]:
+    """The one or two columns that hold text (or lists of words).
+
+    Raises:
+        SettingError: A named column is missing, or none or more than two could be meant.
+    """
+    if text_columns is not None:
+        names = [text_columns] if isinstance(text_columns, str) else list(text_columns)
+        missing = [name for name in names if name not in dataset.column_names]
+        if missing or not 1 <= len(names) <= 2:
+            raise SettingError(f"text_columns must be one or two of {', '.join(dataset.column_names)}, got {names}.")
+        return names
+    names = [
+        name
+        for name, feature in dataset.features.items()
+        if name not in LABEL_COLUMNS
+        and "string" in (getattr(feature, "dtype", ""), getattr(getattr(feature, "feature", None), "dtype", ""))
+    ]
+    if not 1 <= len(names) <= 2:
+        raise SettingError(
+            f"Found {len(names)} columns of text among {', '.join(dataset.column_names)}, expected one, or two for "
+            f"pairs. "
+            "Name them: text_columns=[…]."
+        )
+    return names
+
+
+def _encode_text(
+    dataset: Dataset,
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    text_columns: Sequence[str] | None,
+    labels: list[Any] | None,
+    label_column: str | None,
+    max_length: int | None,
+) -> tuple[Dataset, list[Any] | None]:
+    columns = find_text_columns(
+        dataset if label_column is None else dataset.remove_columns([label_column]), text_columns
+    )
+    longest = min(n for n in (max_length, max_positions(model), tokenizer.model_max_length, 2**20) if n is not None)
+    words = task == "token-classification"
+    target = columns.pop() if task == "text2text-generation" and len(columns) == 2 else None
+
+    def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(
+            *(rows[name] for name in columns), truncation=True, max_length=longest, is_split_into_words=words
+        )
+        if words:
+            encoded["word_ids"] = [encoded.word_ids(i) for i in range(len(encoded["input_ids"]))]
+        if target is not None:
+            encoded["labels"] = tokenizer(text_target=rows[target], truncation=True, max_length=longest)["input_ids"]
+        return dict(encoded)
+
+    encoded = dataset.map(tokens, batched=True, remove_columns=dataset.column_names)
+    if words:
+        word_ids = encoded["word_ids"]
+        encoded = encoded.remove_columns(["word_ids"])
+        if labels is not None:
+            labels = [first_piece_labels(ids, row) for ids, row in zip(word_ids, labels, strict=True)]
+    return encoded, labels
+
+
+def first_piece_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
+    """Labels per token: each word's label on its first piece, -100 on further pieces and special tokens.
+
+    Example:
+        >>> first_piece_labels([None, 0, 0, 1, None], [7, 8])
+        [-100, 7, -100, 8, -100]
+    """
+    before = [None, *word_ids[:-1]]
+    return [
+        IGNORED if word is None or word == last else labels[word] for word, last in zip(word_ids, before, strict=True)
+    ]
+
+
+def _pad_value(name: str, model: Any, processor: Any) -> int:
+    if name == "labels":
+        return IGNORED
+    if name != "input_ids":
+        return 0
+    pad = getattr(processor, "pad_token_id", None)
+    if pad is None:
+        pad = getattr(config_of(model), "pad_token_id", None)
+    return 0 if pad is None else int(pad)  # the attention mask hides it, whatever it is

@@ -1,0 +1,84 @@
+"""Memory of one model in a process of its own: `python -m hfshrink.evaluation.footprint FOLDER [TOKENS]` prints JSON.
+
+The libraries and the model's class are imported first; what resident memory grows by then is the model's.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import sys
+from pathlib import Path
+
+
+def measure_footprint(folder: str, sequence_length: int = 128) -> dict[str, int | None]:
+    """Load a model, run one example, and read the process's resident memory.
+
+    Args:
+        folder: A folder with a model or an export.
+        sequence_length: Tokens of the example.
+
+    Returns:
+        `loaded_bytes` and `peak_memory_bytes`: growth by loading, and highest growth up to the end of the forward
+        pass; None where the system has no `/proc`.
+    """
+    import torch
+
+    from hfshrink.evaluation.inputs import random_inputs
+    from hfshrink.loading import load
+
+    _import_model_code(folder)
+    gc.collect()
+    _reset_peak()
+    before = _resident("VmRSS")
+    model, processor = load(folder)
+    loaded = _resident("VmRSS")
+    with torch.inference_mode():
+        model(**random_inputs(model, 1, sequence_length, processor))
+    peak = _resident("VmHWM")
+    if before is None or loaded is None or peak is None:
+        return {"loaded_bytes": None, "peak_memory_bytes": None}
+    return {"loaded_bytes": max(0, loaded - before), "peak_memory_bytes": max(0, peak - before)}
+
+
+def _import_model_code(folder: str) -> None:
+    import transformers
+
+    from hfshrink.loading import EXPORT_MANIFEST
+    from hfshrink.record import read_config
+
+    if (Path(folder) / EXPORT_MANIFEST).is_file():
+        importlib.import_module("transformers.exporters")
+        manifest = json.loads((Path(folder) / EXPORT_MANIFEST).read_text(encoding="utf-8"))
+        if manifest["export_format"] == "onnx":
+            importlib.import_module("onnxruntime")
+            importlib.import_module("transformers.exporters.runners.runner_onnx")
+            importlib.import_module("transformers.exporters.exporter_onnx")
+    for name in read_config(folder).get("architectures") or []:
+        getattr(transformers, name, None)
+
+
+def _resident(field: str) -> int | None:
+    """A field of `/proc/self/status` in bytes: VmRSS is resident now, VmHWM its highest value."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+def _reset_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # 5 sets VmHWM to VmRSS, see proc_pid_clear_refs(5)
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 128
+    sys.stdout.write(json.dumps(measure_footprint(sys.argv[1], tokens)) + "\n")

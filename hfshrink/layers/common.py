@@ -1,0 +1,61 @@
+"""What all compressed layers share: reading a spec that others wrote, and making a plain Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hfshrink.errors import CheckpointError
+
+MAX_SIZE = 2**31
+"""Largest size in features or rank that a spec may claim."""
+
+
+def read_spec(spec: Mapping[str, Any], kind: str, sizes: tuple[str, ...]) -> list[int]:
+    """The sizes of a spec in the order of `sizes`, after checking that it has just these, `kind` and `bias`.
+
+    Raises:
+        CheckpointError: Missing or unknown entries, or a size that is no integer in 1..2**31.
+    """
+    expected = {"kind", "bias", *sizes}
+    if set(spec) != expected:
+        raise CheckpointError(
+            f"A layer of kind {kind!r} needs the entries {', '.join(sorted(expected))}, "
+            f"got {', '.join(sorted(map(str, spec)))[:200]}."
+        )
+    if spec["kind"] != kind or not isinstance(spec["bias"], bool):
+        raise CheckpointError(
+            f"Expected kind {kind!r} and a bias that is true or false, got {spec['kind']!r} and {spec['bias']!r}."
+        )
+    for name in sizes:
+        size = spec[name]
+        if type(size) is not int or not 1 <= size <= MAX_SIZE:
+            raise CheckpointError(f"{name} must be an integer in 1..2**31, got {size!r} in a layer of kind {kind!r}.")
+    return [spec[name] for name in sizes]
+
+
+def dense_linear(weight: Tensor, bias: Tensor | None, like: nn.Module) -> nn.Linear:
+    """A Linear of `weight` (out, in) and `bias` (out,), trainable and in train mode as `like` is. Draws no random number."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    trainable = like.weight.requires_grad
+    linear.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=bool(trainable))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return linear.train(like.training)
+
+
+def empty_parameter(*shape: int) -> nn.Parameter:
+    """A parameter on the meta device: a shape without storage."""
+    return nn.Parameter(torch.empty(*shape, device="meta"))
+
+
+def copied(parameter: Tensor | None, index: Tensor | None = None) -> nn.Parameter | None:
+    """A copy of a parameter, or of its entries at `index` (k,) along the first axis, trainable as it is."""
+    if parameter is None:
+        return None
+    values = parameter.detach()
+    values = values.clone() if index is None else values[index]
+    return nn.Parameter(values.contiguous(), requires_grad=parameter.requires_grad)

@@ -1,0 +1,43 @@
+"""The table of compressed layers, and building one from the spec in a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfshrink.errors import CheckpointError
+from hfshrink.layers.low_rank import LowRankLinear
+from hfshrink.layers.resized import ResizedLinear
+
+CompressedLayer = LowRankLinear | ResizedLinear
+
+LAYER_KINDS: dict[str, type[LowRankLinear] | type[ResizedLinear]] = {
+    "low_rank": LowRankLinear,
+    "resized": ResizedLinear,
+}
+"""kind in a spec -> the class of the layer."""
+
+
+def empty_layer(spec: Any) -> CompressedLayer:
+    """The layer that a spec describes, on the meta device.
+
+    Args:
+        spec: What `layer.spec()` gave, perhaps read from somebody else's `config.json`.
+
+    Raises:
+        CheckpointError: No dict, an unknown kind, or entries that describe no possible layer of that kind.
+
+    Example:
+        >>> empty_layer({"kind": "low_rank", "in_features": 16, "out_features": 24, "rank": 4, "bias": True})
+        LowRankLinear(in_features=16, out_features=24, rank=4, bias=True)
+    """
+    if not isinstance(spec, dict):
+        raise CheckpointError(
+            f"Expected the spec of a layer as a JSON object, got {type(spec).__name__}: {str(spec)[:80]}"
+        )
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in LAYER_KINDS:
+        raise CheckpointError(
+            f"Unknown kind of layer {str(kind)[:40]!r}; this hfshrink knows {', '.join(LAYER_KINDS)}. "
+            "A newer one may know it: pip install -U hfshrink"
+        )
+    return LAYER_KINDS[kind].empty(spec)

@@ -1,0 +1,207 @@
+"""`load`: a Hub id, a folder or a model -> the model in its right Auto class, and its tokenizer or processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
+from hfshrink.record import config_of, read_config
+
+TASKS = {
+    "text-classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    "token-classification": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    "question-answering": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES"),
+    "fill-mask": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+    "text-generation": ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"),
+    "text2text-generation": ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"),
+    "image-classification": ("AutoModelForImageClassification", "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"),
+    "feature-extraction": ("AutoModel", "MODEL_MAPPING_NAMES"),
+}
+"""task -> (Auto class, the table of transformers that lists its architectures)."""
+
+EXPORT_MANIFEST = "export.json"  # written by transformers' ExportedModel.save_pretrained
+
+
+def load(model: Any, task: str | None = None, *, trust_remote_code: bool = False, **kwargs: Any) -> tuple[Any, Any]:
+    """Load a model in the right Auto class, and its tokenizer or processor.
+
+    The task comes from `config.architectures` and is never guessed. Weights are read from safetensors only.
+
+    Args:
+        model: A Hub id, a folder (a model, or an export that `quantize` wrote), or a loaded model or export, which is
+            returned as it is.
+        task: One of `hfshrink.loading.TASKS`; None reads it from the config.
+        trust_remote_code: Whether to run code that lies in the checkpoint's repository.
+        **kwargs: Go to `from_pretrained`: `dtype`, `device_map`, `revision`, …
+
+    Returns:
+        The model in eval mode, and its tokenizer, image processor or processor; None where the checkpoint has none.
+
+    Raises:
+        SettingError: Unknown task, or `ignore_mismatched_sizes=True`, which would fill a compressed layer at random.
+        UnsupportedModelError: The config names no architecture, or one that fits no task; give `task=`.
+        CheckpointError: No such folder or model, no network, half-written or foreign files, no safetensors.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> model, tokenizer = load(BertModel(config))
+        >>> infer_task(model), tokenizer
+        ('feature-extraction', None)
+    """
+    if kwargs.get("ignore_mismatched_sizes"):
+        raise SettingError(
+            "ignore_mismatched_sizes=True re-initializes every layer whose shape differs, compressed ones included, "
+            "and says "
+            "nothing. Leave it out; to change a head, load the model first and replace its classifier."
+        )
+    if task is not None:
+        _check_task(task)
+    if not isinstance(model, str | Path):
+        config_of(model)  # raises for what is no model
+        return model, find_processor(model)
+    _check_folder(model)
+    if Path(model).is_dir() and (Path(model) / EXPORT_MANIFEST).is_file():
+        return _load_export(Path(model), trust_remote_code, kwargs), load_processor(model, trust_remote_code)
+    return _load_weights(str(model), task, trust_remote_code, kwargs), load_processor(model, trust_remote_code)
+
+
+def infer_task(model: Any, task: str | None = None) -> str:
+    """The task of a model, export or config; `task` itself where it is given.
+
+    A loaded model is known by its class, a config by its `architectures`; optimum's `TasksManager` is asked for
+    classes that are in no table of transformers.
+
+    Raises:
+        UnsupportedModelError: No architecture, or one that fits no task or several.
+    """
+    if task is not None:
+        return _check_task(task)
+    config = config_of(model)
+    names = list(getattr(config, "architectures", None) or [])
+    is_torch_model = hasattr(model, "named_modules")
+    if is_torch_model:
+        names = [type(model).__name__]
+    if not names:
+        raise UnsupportedModelError(
+            f"The config of {getattr(config, '_name_or_path', '') or type(config).__name__} names no architecture, "
+            f"so its task "
+            f"is unknown. Give task=, one of: {', '.join(TASKS)}."
+        )
+    tasks = _tasks_of(names[0])
+    if not tasks and is_torch_model:
+        tasks = _ask_optimum(model)
+    if len(tasks) != 1:
+        what = "fits no task that hfshrink knows" if not tasks else f"fits several tasks ({', '.join(tasks)})"
+        raise UnsupportedModelError(f"The architecture {names[0]} {what}. Give task=, one of: {', '.join(TASKS)}.")
+    return tasks[0]
+
+
+def find_processor(model: Any) -> Any:
+    """The tokenizer or processor beside a loaded model's files, if they can be found without the network.
+
+    Else None.
+    """
+    name = getattr(config_of(model), "_name_or_path", "")
+    return load_processor(name, trust_remote_code=False, local_files_only=True) if name else None
+
+
+def load_processor(source: str | Path, trust_remote_code: bool = False, **kwargs: Any) -> Any:
+    """The tokenizer or processor of a folder or Hub id; None where it has none."""
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    for auto in (AutoProcessor, AutoTokenizer, AutoImageProcessor):
+        try:
+            return auto.from_pretrained(str(source), trust_remote_code=trust_remote_code, **kwargs)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
+            continue
+    return None
+
+
+def _check_task(task: str) -> str:
+    if task not in TASKS:
+        raise SettingError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
+    return task
+
+
+def _tasks_of(architecture: str) -> list[str]:
+    from transformers.models.auto import modeling_auto
+
+    found = []
+    for task, (_, mapping) in TASKS.items():
+        names = getattr(modeling_auto, mapping).values()
+        if any(architecture in ((name,) if isinstance(name, str) else name) for name in names):
+            found.append(task)
+    if len(found) > 1 and "feature-extraction" in found:  # some heads are listed as their family's base model too
+        found.remove("feature-extraction")
+    return found
+
+
+def _ask_optimum(model: Any) -> list[str]:
+    try:
+        from optimum.exporters.tasks import TasksManager
+    except ImportError:
+        return []
+    try:
+        task = TasksManager.infer_task_from_model(model)
+    except ValueError:
+        return []
+    return [task] if task in TASKS else []
+
+
+def _check_folder(source: str | Path) -> None:
+    """Say what is wrong with a folder before anything heavy is loaded; Hub ids pass."""
+    path = Path(source)
+    if path.is_file():
+        raise CheckpointError(f"{source} is a file. Give the folder that save_pretrained wrote.")
+    if not path.is_dir():
+        if path.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+            raise CheckpointError(f"There is no folder {source}.")
+        return
+    read_config(path)
+    if (path / EXPORT_MANIFEST).is_file():
+        return
+    files = {file.name for file in path.iterdir()}
+    if not any(name.endswith(".safetensors") for name in files):
+        if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
+            raise CheckpointError(
+                f"{source} holds pickled weights only, which can run code when loaded. Convert them once where you "
+                f"trust them: "
+                "AutoModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)."
+            )
+        raise CheckpointError(
+            f"{source} has a config.json but no weights (*.safetensors): it is half-written or a config only."
+        )
+
+
+def _load_export(folder: Path, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+    from transformers.exporters import ExportedModel
+
+    try:
+        return ExportedModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The export in {folder} can't be read; it is half-written or corrupt: {error}"
+        ) from error
+
+
+def _load_weights(source: str, task: str | None, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+    import transformers
+    from safetensors import SafetensorError
+
+    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+        auto = getattr(transformers, TASKS[infer_task(config, task)][0])
+        kwargs = {"use_safetensors": True, **kwargs}
+        return auto.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs).eval()
+    except UnsupportedModelError:
+        raise
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"The weights of {source} can't be read; they are half-written or corrupt: {error}"
+        ) from error
+    except (OSError, ValueError) as error:
+        where = "" if Path(source).is_dir() else " Check the name and the network, or give a local folder."
+        raise CheckpointError(f"Can't load {source!r}: {error}{where}") from error

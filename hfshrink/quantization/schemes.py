@@ -1,0 +1,150 @@
+"""`quantize`: one door for every scheme."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hfshrink.errors import SettingError, UnsupportedModelError, require
+from hfshrink.loading import infer_task, load
+from hfshrink.modules import count_parameters, head_names, select_modules
+from hfshrink.quantization.onnx import check_parity, export_float, quantize_dynamic, supports_vnni
+from hfshrink.record import Measurement, StepRecord, append_step, model_name
+from hfshrink.saving import save_aside
+
+SCHEMES = {
+    "onnx-fp32": "a float ONNX graph: the baseline for every other scheme in the same runtime",
+    "onnx-int8": "8-bit weights and embeddings, activations quantized as they come (dynamic); no data needed",
+}
+"""scheme -> what it makes."""
+
+
+def quantize(
+    model: Any,
+    scheme: str,
+    *,
+    output_dir: str | Path | None = None,
+    calibration: Any = None,
+    processor: Any = None,
+    task: str | None = None,
+    exclude: str | Sequence[str] | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Quantize a model, from a Hub id to a folder that loads, and check the result against the float model.
+
+    `onnx-int8` keeps 8-bit weights per output channel and quantizes activations at run time (U8S8), embeddings
+    included; additions, normalization and softmax stay float. The task head stays float by default: it is small, and
+    its error reaches the answer directly. The model itself is left as it was.
+
+    Args:
+        model: A model, a folder or a Hub id.
+        scheme: One of `hfshrink.quantization.SCHEMES`.
+        output_dir: Where to save the export with tokenizer, config and record; None keeps it in memory.
+        calibration: Rows to compare both models on (a `datasets.Dataset`, a Hub id, or an iterable of batches); None
+            takes seeded random inputs of several lengths. The record says which.
+        processor: The tokenizer or image processor; None takes the one beside the model.
+        task: One of `hfshrink.loading.TASKS`, for a config that names no architecture.
+        exclude: `fnmatch` wildcards of Linears and Embeddings to leave in float; None means the task head, `()`
+            nothing.
+        overwrite: Whether a folder with files in it may be replaced.
+        trust_remote_code: Whether to run code from the checkpoint's repository.
+
+    Returns:
+        transformers' `ExportedModel`, called like the model; `ExportedModel.from_pretrained(output_dir)` loads it
+        again.
+
+    Raises:
+        SettingError: Unknown scheme, a wildcard that matches nothing, nothing left to quantize, outputs that are not
+            finite.
+        MissingDependencyError: The extra `onnx` is not installed.
+        CheckpointError: `model` can't be loaded, or `output_dir` can't be written or holds other files.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> exported = quantize(BertForSequenceClassification(config), "onnx-int8")
+        >>> exported.config.hfshrink["history"][-1]["method"]
+        'onnx-int8'
+    """
+    start = time.perf_counter()
+    if scheme not in SCHEMES:
+        raise SettingError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}.")
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module, extra="onnx")
+    target = None if output_dir is None else Path(output_dir)
+    with save_aside(target, overwrite=overwrite) if target is not None else _nowhere() as folder:
+        source = model
+        model, found = load(model, task, trust_remote_code=trust_remote_code)
+        if not isinstance(model, nn.Module):
+            raise UnsupportedModelError(
+                f"{source} is an export already; quantize the PyTorch model that it was made from."
+            )
+        processor = processor or found
+        task = infer_task(model, task)
+        kept_float = _kept_float(model, exclude)
+        exported = export_float(model, processor)
+        changed: list[str] = []
+        results: dict[str, Any] = {}
+        if scheme == "onnx-int8":
+            results["reduce_range"] = not supports_vnni()
+            exported, changed = quantize_dynamic(exported, kept_float, reduce_range=results["reduce_range"])
+        results["parity"] = check_parity(model, exported, processor, task, calibration)
+        if folder is not None:
+            exported.save_pretrained(folder)
+        step = StepRecord(
+            technique="quantize",
+            method=scheme,
+            settings=_settings(calibration=calibration, task=task, exclude=exclude),
+            before=_size(model, source),
+            after=Measurement(size_bytes=None if folder is None else _file_bytes(folder, ".onnx", ".onnx.data")),
+            modules=changed,
+            skipped=dict.fromkeys(kept_float, "task head" if exclude is None else "excluded"),
+            results=results,
+            seconds=time.perf_counter() - start,
+            source="onnxruntime dynamic quantization",
+        )
+        append_step(exported, step, base_model=model_name(model), task=task)
+        if folder is not None:
+            exported.config.save_pretrained(folder)
+            if processor is not None:
+                processor.save_pretrained(folder)
+    return exported if target is None else load(target)[0]
+
+
+class _nowhere:  # noqa: N801  a context manager like `contextlib.nullcontext`, named for what it stands for
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def _kept_float(model: nn.Module, exclude: str | Sequence[str] | None) -> list[str]:
+    if exclude is None:
+        return head_names(model)
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    return list(select_modules(model, (nn.Linear, nn.Embedding), include=patterns)) if patterns else []
+
+
+def _size(model: nn.Module, source: Any) -> Measurement:
+    parameters, nonzero = count_parameters(model)
+    on_disk = isinstance(source, str | Path) and Path(source).is_dir()
+    size = _file_bytes(Path(source), ".safetensors") if on_disk else None
+    return Measurement(parameters=parameters, nonzero_parameters=nonzero, size_bytes=size)
+
+
+def _file_bytes(folder: Path, *endings: str) -> int:
+    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.name.endswith(endings))
+
+
+def _settings(**given: Any) -> dict[str, Any]:
+    return {
+        name: value if isinstance(value, str | int | float | bool) else str(type(value).__name__)
+        for name, value in given.items()
+        if value is not None
+    }

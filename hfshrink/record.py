@@ -1,0 +1,463 @@
+"""The record: what was done to a model and what was measured, the one source for tables, plots, cards and the CLI.
+
+It lives in `model.config.hfshrink`, an ordinary config key, so that `save_pretrained`, `from_pretrained` and
+`push_to_hub` of plain transformers carry it along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfshrink.errors import CheckpointError, SettingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+FORMAT_VERSION = 1
+MAX_STEPS = 1000  # a record from elsewhere that claims more is refused
+MAX_CONFIG_BYTES = 64 * 2**20
+PACKAGES = ("hfshrink", "transformers", "torch", "datasets", "onnx", "onnxruntime", "bitsandbytes")
+COMPUTED = frozenset({"parameters", "nonzero_parameters", "macs", "memory_bytes"})
+"""Fields of `Measurement` that are counted from tensors and shapes; all others are measured by running."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric on one data set, with its 95 % interval where one was computed."""
+
+    metric: str
+    value: float | None = None  # None where it is undefined, such as the correlation with a constant
+    low: float | None = None
+    high: float | None = None
+    dataset: str | None = None
+    split: str | None = None
+    examples: int | None = None
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "undefined"
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.4f}, {self.high:.4f}]"
+        return f"{self.value:.4f}{interval}"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time of one forward pass of a batch, in milliseconds.
+
+    Wall clock (p50, p95) and CPU time of the whole process.
+    """
+
+    latency_ms_p50: float
+    latency_ms_p95: float
+    cpu_ms: float
+    runtime: str
+    device: str
+    threads: int
+    batch_size: int
+    sequence_length: int | None
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Sizes, times and scores of one model. `None` and the empty tuple mean "not measured", never zero.
+
+    Attributes:
+        parameters: Number of parameters, tied ones once (computed).
+        nonzero_parameters: Parameters that are not exactly zero (computed).
+        size_bytes: Bytes of the weight files on disk (measured).
+        packed_bytes: Bytes after entropy coding (measured).
+        memory_bytes: Bytes of the loaded parameters and buffers (computed).
+        loaded_bytes: Growth of the process's resident memory by loading the model (measured).
+        peak_memory_bytes: Highest growth of resident memory during loading and one forward pass (measured).
+        macs: Multiply-accumulate operations of one example at `sequence_length` (computed).
+        energy_joules: Energy of one forward pass of one example, where the machine has a counter (measured).
+        sequence_length: Tokens per example for `macs` and `energy_joules`; None for images.
+        latency: One `Latency` per batch size and runtime (measured).
+        scores: One `Score` per metric (measured).
+        device: The processor's name.
+    """
+
+    parameters: int | None = None
+    nonzero_parameters: int | None = None
+    size_bytes: int | None = None
+    packed_bytes: int | None = None
+    memory_bytes: int | None = None
+    loaded_bytes: int | None = None
+    peak_memory_bytes: int | None = None
+    macs: int | None = None
+    energy_joules: float | None = None
+    sequence_length: int | None = None
+    latency: tuple[Latency, ...] = ()
+    scores: tuple[Score, ...] = ()
+    device: str | None = None
+
+    def merged(self, other: Measurement) -> Measurement:
+        """This measurement with every field that `other` has measured taken from `other`."""
+        known = {f.name: getattr(other, f.name) for f in dataclasses.fields(other)}
+        return dataclasses.replace(self, **{name: value for name, value in known.items() if value not in (None, ())})
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, value, measured or computed) of all that is known, for a table."""
+        found = []
+        for name, show in _SHOWN.items():
+            value = getattr(self, name)
+            if value is not None:
+                found.append((name, show(value), "computed" if name in COMPUTED else "measured"))
+        for latency in self.latency:
+            setting = f"batch {latency.batch_size}"
+            if latency.sequence_length is not None:
+                setting += f", {latency.sequence_length} tokens"
+            setting += f", {latency.threads} thread{'s' * (latency.threads != 1)}, {latency.runtime}"
+            times = f"{latency.latency_ms_p50:.2f} / {latency.latency_ms_p95:.2f} / {latency.cpu_ms:.2f} ms"
+            found.append((f"p50 / p95 / CPU ({setting})", times, "measured"))
+        found.extend((score.metric, str(score), "measured") for score in self.scores)
+        return found
+
+    def __str__(self) -> str:
+        return table(("what", "value", "how"), self.rows())
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One technique applied once.
+
+    Attributes:
+        technique: Name of the public call, such as `"quantize"`.
+        method: Variant of it, such as `"onnx-int8"`.
+        settings: The keywords that were given, JSON-safe.
+        before: The model before the step.
+        after: The model after it.
+        modules: Names of the modules that the step changed.
+        skipped: Names of the modules that it left alone, each with the reason.
+        results: What the step found out about its own work, such as a parity check.
+        seconds: Wall-clock time.
+        source: The paper or document that the method comes from.
+        versions: Packages and their versions.
+    """
+
+    technique: str
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    before: Measurement = field(default_factory=Measurement)
+    after: Measurement = field(default_factory=Measurement)
+    modules: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    source: str = ""
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """All steps that led to a model, and the measurements of its base and of itself.
+
+    Example:
+        >>> step = StepRecord("quantize", "onnx-int8", after=Measurement(parameters=8))
+        >>> CompressionReport("some/model", steps=(step,)).steps[0].method
+        'onnx-int8'
+    """
+
+    base_model: str | None = None
+    steps: tuple[StepRecord, ...] = ()
+    base: Measurement = field(default_factory=Measurement)
+    compressed: Measurement = field(default_factory=Measurement)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, as it stands in `config.json`; what was not measured is left out."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "base_model": self.base_model,
+            "history": [_plain(step) for step in self.steps],
+            "base": _plain(self.base),
+            "compressed": _plain(self.compressed),
+            "details": self.details,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressionReport:
+        """Read the JSON form.
+
+        Raises:
+            CheckpointError: It is not a record, or one of a newer format.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("history"), list):
+            raise CheckpointError(
+                f"Expected a record with a list 'history', got {type(data).__name__}: {str(data)[:80]}"
+            )
+        if data.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"This record has format {data.get('format_version')!r}, this hfshrink reads {FORMAT_VERSION}. "
+                "Upgrade with: pip install -U hfshrink"
+            )
+        if len(data["history"]) > MAX_STEPS:
+            raise CheckpointError(f"This record claims {len(data['history'])} steps; at most {MAX_STEPS} are read.")
+        return cls(
+            base_model=data.get("base_model"),
+            steps=tuple(_read_step(step) for step in data["history"]),
+            base=_read_measurement(data.get("base", {})),
+            compressed=_read_measurement(data.get("compressed", {})),
+            details=dict(data.get("details", {})),
+        )
+
+    def attach(self, model: Any) -> None:
+        """Write this report into `model.config.hfshrink`, so that the next `save_pretrained` carries it."""
+        config_of(model).hfshrink = self.to_dict()
+
+    def save(self, folder: str | Path) -> None:
+        """Write this report into the `config.json` of a saved model, aside first and then moved into place.
+
+        Raises:
+            CheckpointError: The folder has no `config.json`, or can't be written.
+        """
+        config = read_config(folder)
+        config["hfshrink"] = self.to_dict()
+        try:
+            write_text(Path(folder) / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"Can't write {Path(folder) / 'config.json'}: {error}") from error
+
+    def __str__(self) -> str:
+        head = f"base model: {self.base_model or 'unknown'}"
+        steps = table(
+            ("step", "method", "parameters", "file MB", "seconds"),
+            [
+                (
+                    step.technique,
+                    step.method,
+                    _change(step.before.parameters, step.after.parameters, lambda n: f"{n:,}"),
+                    _change(step.before.size_bytes, step.after.size_bytes, _megabytes),
+                    "" if step.seconds is None else f"{step.seconds:.1f}",
+                )
+                for step in self.steps
+            ],
+        )
+        return "\n\n".join(part for part in (head, steps, comparison_table(self)) if part)
+
+
+def comparison_table(report: CompressionReport) -> str:
+    """The base-against-compressed table of a report; empty when nothing was measured."""
+    base, compressed = ({row[0]: row for row in side.rows()} for side in (report.base, report.compressed))
+    names = list(base) + [name for name in compressed if name not in base]
+    missing = ("", "not measured", "")
+    rows = [
+        (name, base.get(name, missing)[1], compressed.get(name, missing)[1], (compressed.get(name) or base[name])[2])
+        for name in names
+    ]
+    return table(("what", "base", "compressed", "how"), rows) if rows else ""
+
+
+def report(model: Any) -> CompressionReport:
+    """Read the record of a model, an export, a folder or a Hub id.
+
+    Args:
+        model: A loaded model or export, a folder with a `config.json`, or a Hub id.
+
+    Returns:
+        The report; without steps for a model that hfshrink never touched.
+
+    Raises:
+        CheckpointError: The folder is no model, or its record can't be read.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> report(BertModel(config)).steps
+        ()
+    """
+    if isinstance(model, str | Path):
+        data = read_config(model).get("hfshrink")
+    else:
+        data = getattr(config_of(model), "hfshrink", None)
+    return CompressionReport() if data is None else CompressionReport.from_dict(data)
+
+
+def append_step(model: Any, step: StepRecord, *, base_model: str | None = None, task: str | None = None) -> None:
+    """Add a step to the record of a model or export; the first one also names the base model and the task.
+
+    Measurements of an earlier state are dropped: they are not of this model any more.
+    """
+    old = report(model)
+    base = old.base_model or base_model or model_name(model)
+    details = {"task": task, **old.details} if task else old.details
+    new = dataclasses.replace(
+        old, base_model=base, steps=(*old.steps, step), compressed=Measurement(), details=details
+    )
+    new.attach(model)
+
+
+def config_of(model: Any) -> PreTrainedConfig:
+    """The config of a model or export (a config is its own).
+
+    Raises:
+        SettingError: The object has none.
+    """
+    from transformers import PreTrainedConfig
+
+    config = model if isinstance(model, PreTrainedConfig) else getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise SettingError(
+            f"Expected a transformers model, an export, a folder or a Hub id, got {type(model).__name__}."
+        )
+    return config
+
+
+def model_name(model: Any) -> str | None:
+    """The Hub id of a model, or the last part of its folder's name: paths of a machine stay out of records."""
+    name = getattr(config_of(model), "_name_or_path", "") or ""
+    return (Path(name).name if Path(name).is_absolute() or Path(name).exists() else name) or None
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The `config.json` of a folder, or of a Hub id.
+
+    Raises:
+        CheckpointError: There is none, it is too large, or it is no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        from transformers.utils.hub import cached_file
+
+        try:
+            path = Path(cached_file(str(folder), "config.json"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{str(folder)!r} is no folder, and no model of that name can be read: {error}"
+            ) from None
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is no model: it has no config.json. Give the folder that save_pretrained wrote."
+        )
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} can't be read as JSON ({error}): the folder is half-written or corrupt."
+        ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, expected a JSON object.")
+    return config
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and move it into place, so that nobody ever sees half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that decide a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An aligned Markdown table, as good to read in a terminal as on a page; pipes in cells are escaped.
+
+    Example:
+        >>> print(table(("model", "MB"), [("teacher", "90.9")]))
+        | model   | MB   |
+        |---------|------|
+        | teacher | 90.9 |
+    """
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+_SHOWN = {
+    "parameters": lambda n: f"{n:,}",
+    "nonzero_parameters": lambda n: f"{n:,}",
+    "size_bytes": _megabytes,
+    "packed_bytes": _megabytes,
+    "memory_bytes": _megabytes,
+    "loaded_bytes": _megabytes,
+    "peak_memory_bytes": _megabytes,
+    "macs": lambda n: f"{n / 1e6:,.1f} M",
+    "energy_joules": lambda joules: f"{joules:.3f} J",
+    "device": str,
+}
+
+
+def _change(before: Any, after: Any, show: Any) -> str:
+    if after is None:
+        return ""
+    return show(after) if before is None or before == after else f"{show(before)} → {show(after)}"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts without what is unknown or empty; numbers JSON can't hold become None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: item for name, item in named.items() if item not in (None, [], {}, "")}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
+
+
+def _known(cls: type, data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise CheckpointError(
+            f"Expected a {cls.__name__} as a JSON object, got {type(data).__name__}: {str(data)[:80]}"
+        )
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {name: value for name, value in data.items() if name in names}
+
+
+def _read_measurement(data: Any) -> Measurement:
+    known = _known(Measurement, data)
+    try:
+        known["latency"] = tuple(Latency(**_known(Latency, item)) for item in known.get("latency", ()))
+        known["scores"] = tuple(Score(**_known(Score, item)) for item in known.get("scores", ()))
+    except TypeError as error:
+        raise CheckpointError(f"This record's measurement is incomplete: {error}") from None
+    return Measurement(**known)
+
+
+def _read_step(data: Any) -> StepRecord:
+    known = _known(StepRecord, data)
+    if not isinstance(known.get("technique"), str) or not isinstance(known.get("method"), str):
+        raise CheckpointError(f"A step of this record names no technique and method: {str(data)[:80]}")
+    for side in ("before", "after"):
+        known[side] = _read_measurement(known.get(side, {}))
+    return StepRecord(**{"versions": {}, **known})

@@ -1,0 +1,103 @@
+"""Writing a folder so that nobody ever sees half of it."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hfshrink.errors import CheckpointError
+
+LEFTOVER_SECONDS = 24 * 3600  # what a killed run left is removed after a day: until then it may be alive
+
+
+@contextlib.contextmanager
+def save_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Write a folder aside and move it into place when the block ends, so that nobody ever sees half of it.
+
+    Args:
+        folder: Where the result shall lie. It may be missing or empty; parents are made.
+        overwrite: Whether a folder that holds files is replaced as a whole.
+
+    Yields:
+        An empty folder beside it to write into. After an error it is removed, and `folder` is as it was.
+
+    Raises:
+        CheckpointError: The folder holds files and `overwrite` is false; it is a file, a link or a place that must not
+            be replaced (the working directory, home, or a parent of them); or it can't be written. Raised before the
+            block runs where it can be known.
+
+    Example:
+        >>> import tempfile
+        >>> parent = Path(tempfile.mkdtemp())
+        >>> with save_aside(parent / "model") as aside:
+        ...     _ = (aside / "config.json").write_text("{}")
+        >>> [file.name for file in (parent / "model").iterdir()]
+        ['config.json']
+    """
+    target = Path(folder).expanduser().absolute()
+    _check_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target = target.parent.resolve() / target.name  # links above the folder are the user's; it is none itself
+        _remove_leftovers(target)
+        aside = target.with_name(f".{target.name}.aside-{secrets.token_hex(4)}")
+        aside.mkdir()
+    except OSError as error:
+        raise CheckpointError(f"Can't write {target}: {error}. Choose another folder.") from error
+    try:
+        yield aside
+        try:
+            _move_into_place(aside, target, overwrite)
+        except OSError as error:
+            raise CheckpointError(f"Can't move the finished files to {target}: {error}. It is as it was.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a symbolic link; give the folder that it points to: {target.resolve()}")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file, expected a folder that is missing or empty.")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} is not empty. Choose another folder, empty it, or pass overwrite=True to replace it."
+        )
+    if any(place.resolve().is_relative_to(target.resolve()) for place in (Path.cwd(), Path.home())):
+        raise CheckpointError(
+            f"{target} holds the working directory or your home, and overwrite=True would delete it."
+        )
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed runs left beside `target`; the old folder of a swap only where the swap was completed."""
+    swapped = target.is_dir() and any(target.iterdir())
+    for kind in ("aside", "replaced"):
+        for path in target.parent.glob(f".{glob.escape(target.name)}.{kind}-????????"):
+            old = not path.is_symlink() and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+            if old and path.is_dir() and (kind == "aside" or swapped):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _move_into_place(aside: Path, target: Path, overwrite: bool) -> None:
+    _check_target(target, overwrite)  # it may have changed since
+    if not target.exists() or not any(target.iterdir()):
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
+        return
+    replaced = target.with_name(f".{target.name}.replaced-{secrets.token_hex(4)}")
+    target.rename(replaced)
+    try:
+        aside.rename(target)
+    except BaseException:
+        replaced.rename(target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,19 @@
+"""What every test shares: no network, one seed, two threads."""
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DISABLE_XET="1", TOKENIZERS_PARALLELISM="false"
+)
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(tmp_path, monkeypatch):
+    """The same random state for each test; whatever writes to the current folder writes to a temporary one."""
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)

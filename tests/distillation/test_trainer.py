@@ -1,0 +1,380 @@
+"""The Trainer: scaling, parts, alignment, resuming, errors."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from hfshrink import DistillationMixin, DistillationTrainer, LogitLoss, report
+from hfshrink.distillation import add_teacher_logits, kl_divergence
+from hfshrink.errors import SettingError
+
+
+def arguments(**kwargs):
+    return TrainingArguments(
+        **{
+            "output_dir": "out",
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "dataloader_pin_memory": False,
+            "learning_rate": 1e-2,
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            "optim": "sgd",  # Adam turns rounding errors of tiny gradients into whole steps
+            **kwargs,
+        }
+    )
+
+
+def rows(count=16, labels="class", length=6, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, tiny.VOCABULARY, (count, length), generator=generator).tolist()
+    ids = [
+        row[: 2 + i % (length - 1)] for i, row in enumerate(ids)
+    ]  # lengths differ, so that means of means would be wrong
+    made = {
+        "class": [i % 2 for i in range(count)],
+        "regression": [float(i) / count for i in range(count)],
+        "multi": [[float(i % 2), float(i % 3 == 0)] for i in range(count)],
+        "tokens": [[-100 if j == 0 else (i + j) % 2 for j in range(len(row))] for i, row in enumerate(ids)],
+        "causal": ids,
+    }
+    data = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    return Dataset.from_dict(data if labels is None else {**data, "labels": made[labels]})
+
+
+def collate(batch):
+    from hfshrink.data import collate as stack
+
+    return stack({name: [row[name] for row in batch] for name in batch[0]}, tiny.model("bert"))
+
+
+HEADS = {
+    "class": ("bert", "text-classification", {}),
+    "regression": ("bert", "text-classification", {"num_labels": 1}),
+    "multi": ("bert", "text-classification", {"problem_type": "multi_label_classification"}),
+    "tokens": ("bert", "token-classification", {}),
+    "causal": ("llama", "text-generation", {}),
+}
+
+
+def no_dropout(family):
+    if family == "llama":
+        return {}
+    return {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def pair(labels="class", **config):
+    family, task, extra = HEADS[labels]
+    settings = {**no_dropout(family), **extra, **config}
+    return tiny.model(family, task, seed=1, num_hidden_layers=1, **settings), tiny.model(
+        family, task, seed=2, **settings
+    )
+
+
+def trainer(student, teacher, data, cls=DistillationTrainer, losses=None, label_weight=0.5, **kwargs):
+    return cls(
+        student,
+        arguments(**kwargs),
+        teacher=teacher,
+        losses=losses,
+        label_weight=label_weight,
+        train_dataset=data,
+        data_collator=collate,
+    )
+
+
+def gradients_of_one_step(labels, per_device, accumulation, **kwargs):
+    student, teacher = pair(labels)
+    found = {}
+
+    class Spy(DistillationTrainer):
+        def _clip_grad_norm(self, model):
+            found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            return super()._clip_grad_norm(model)
+
+    run = trainer(
+        student,
+        teacher,
+        rows(labels=labels),
+        Spy,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        **kwargs,
+    )
+    run.train()
+    return found, run.state.log_history[0]
+
+
+@pytest.mark.parametrize("labels", list(HEADS))
+def test_accumulated_small_batches_equal_one_large_batch(labels):
+    whole, whole_log = gradients_of_one_step(labels, 8, 1)
+    parts, parts_log = gradients_of_one_step(labels, 2, 4)
+    for name, gradient in whole.items():
+        assert torch.allclose(gradient, parts[name], rtol=1e-4, atol=1e-6), name
+    for key in ("loss", "loss_labels", "loss_logits"):
+        assert parts_log[key] == pytest.approx(whole_log[key], rel=1e-4)
+
+
+def test_accumulation_with_label_smoothing():
+    whole, whole_log = gradients_of_one_step("class", 8, 1, label_smoothing_factor=0.1)
+    parts, parts_log = gradients_of_one_step("class", 2, 4, label_smoothing_factor=0.1)
+    plain = gradients_of_one_step("class", 8, 1)[1]
+    assert parts_log["loss"] == pytest.approx(whole_log["loss"], rel=1e-4)
+    assert whole_log["loss_logits"] == pytest.approx(plain["loss_logits"], rel=1e-5)
+    assert whole_log["loss_labels"] != pytest.approx(plain["loss_labels"], rel=1e-4)
+    assert all(torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-6) for name in whole)
+
+
+@pytest.mark.parametrize("labels", list(HEADS))
+def test_loss_is_the_weighted_sum_of_its_parts(labels):
+    student, teacher = pair(labels)
+    run = trainer(student, teacher, rows(labels=labels), losses=[LogitLoss(3.0, weight=0.7)], label_weight=0.2)
+    run.model.train()
+    batch = collate([run.train_dataset[i] for i in range(4)])
+    run.current_gradient_accumulation_steps = 1
+    got = run.compute_loss(run.model, dict(batch)).item()
+    with torch.no_grad():
+        ours, theirs = student(**batch), teacher(**batch)
+    x, y = ours.logits, theirs.logits
+    if labels == "regression":
+        part = ((x - y) ** 2).mean()
+    elif labels == "multi":
+        part = 9 * torch.nn.functional.binary_cross_entropy_with_logits(x / 3, torch.sigmoid(y / 3))
+    elif labels == "class":
+        part = kl_divergence(x, y, 3.0)
+    else:
+        counted = batch["labels"] != -100
+        if labels == "causal":
+            x, y, counted = x[:, :-1], y[:, :-1], counted[:, 1:]
+        part = kl_divergence(x[counted], y[counted], 3.0)
+    assert got == pytest.approx(0.2 * ours.loss.item() + 0.7 * part.item(), rel=1e-5)
+
+
+def test_teacher_of_itself_adds_nothing():
+    student, _ = pair()
+    twin = tiny.model("bert", seed=1, num_hidden_layers=1, **no_dropout("bert"))
+    run = trainer(student, twin, rows(), label_weight=0.0, logging_steps=1, max_steps=3)
+    run.train()
+    assert [log["loss_logits"] for log in run.state.log_history if "loss" in log] == pytest.approx(
+        [0, 0, 0], abs=1e-10
+    )
+
+
+def test_permuted_labels_train_the_same_student():
+    students = []
+    for flip in (False, True):
+        student, teacher = pair(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+        if flip:
+            teacher.config.id2label, teacher.config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
+            with torch.no_grad():
+                teacher.classifier.weight.copy_(teacher.classifier.weight.flip(0))
+                teacher.classifier.bias.copy_(teacher.classifier.bias.flip(0))
+        trainer(student, teacher, rows()).train()
+        students.append(student)
+    states = [student.state_dict() for student in students]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_teacher_learns_nothing_and_is_not_saved(tmp_path):
+    student, teacher = pair()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    run = trainer(student, teacher, rows())
+    run.train()
+    run.save_model(tmp_path)
+    assert not teacher.training
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
+    again = type(student).from_pretrained(tmp_path)
+    assert again.state_dict().keys() == student.state_dict().keys()
+
+
+def test_kept_logits_train_like_the_teacher():
+    states = []
+    for keep in (False, True):
+        student, teacher = pair()
+        data = add_teacher_logits(rows(), teacher, batch_size=1) if keep else rows()
+        trainer(student, None if keep else teacher, data).train()
+        states.append(student.state_dict())
+    assert all(torch.allclose(value, states[1][name], atol=1e-5) for name, value in states[0].items())
+
+
+def test_parts_are_logged_in_training_only():
+    student, teacher = pair()
+    run = DistillationTrainer(
+        student,
+        arguments(logging_steps=1, eval_strategy="steps", eval_steps=1),
+        teacher=teacher,
+        train_dataset=rows(),
+        eval_dataset=rows(8, seed=1),
+        data_collator=collate,
+    )
+    run.train()
+    for log in run.state.log_history:
+        assert ("loss_logits" in log) == ("loss" in log)
+        assert not any(key.startswith("eval_") and "logits" in key for key in log)
+    training = [log for log in run.state.log_history if "loss" in log]
+    for log in training:
+        assert log["loss"] == pytest.approx(0.5 * log["loss_labels"] + log["loss_logits"], rel=1e-4)
+
+
+def test_evaluation_shows_the_students_own_loss():
+    student, teacher = pair()
+    losses = []
+    for cls, extra in ((Trainer, {}), (DistillationTrainer, {"teacher": teacher})):
+        run = cls(student, arguments(), train_dataset=rows(), eval_dataset=rows(8), data_collator=collate, **extra)
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+
+
+def test_resumed_run_equals_an_uninterrupted_one():
+    family, task, _ = HEADS["class"]  # with dropout: the random state must be restored too
+    states = []
+    for stop in (None, 3):
+        student, teacher = tiny.model(family, task, seed=1, num_hidden_layers=1), tiny.model(family, task, seed=2)
+        settings = {
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "output_dir": f"run-{stop}",
+            "logging_steps": 2,
+        }
+        settings["optim"] = "adamw_torch"
+        if stop is None:
+            run = trainer(student, teacher, rows(), **settings)
+            run.train()
+        else:
+            trainer(student, teacher, rows(), **{**settings, "max_steps": 6}).train()
+            fresh = tiny.model(family, task, seed=9, num_hidden_layers=1)
+            run = trainer(fresh, teacher, rows(), **settings)
+            run.train(resume_from_checkpoint=str(Path("run-3") / "checkpoint-3"))
+            student = fresh
+        states.append((student.state_dict(), run.state.log_history[-1]["train_loss"], run.state.global_step))
+    assert states[0][2] == states[1][2] == 6
+    assert all(torch.equal(value, states[1][0][name]) for name, value in states[0][0].items())
+
+
+def test_teacher_gets_inputs_that_the_student_does_not_take():
+    student = tiny.model("distilbert", seed=1, n_layers=1)
+    teacher = tiny.model("bert", seed=2)
+    data = tiny.tokenizer()(["a good film", "bad"], ["not bad", "a dull plot"])
+    data = Dataset.from_dict({**data, "labels": [0, 1]})
+    run = trainer(student, teacher, data, per_device_train_batch_size=2, max_steps=1)
+    run.train()
+    batch = collate(list(data))
+    seen = {}
+    forward = teacher.forward
+    teacher.forward = lambda **kwargs: seen.update(kwargs) or forward(**kwargs)
+    run.model.train()
+    run._teacher_inputs = {"input_ids", "attention_mask", "token_type_ids"}
+    run.current_gradient_accumulation_steps = 1
+    run.compute_loss(run.model, batch)
+    assert torch.equal(seen["token_type_ids"], batch["token_type_ids"])
+
+
+def test_language_model_collator_makes_the_labels():
+    student, teacher = (
+        tiny.model("bert", "fill-mask", seed=1, num_hidden_layers=1),
+        tiny.model("bert", "fill-mask", seed=2),
+    )
+    run = DistillationTrainer(
+        student,
+        arguments(max_steps=1, logging_steps=1),
+        teacher=teacher,
+        train_dataset=rows(labels=None),
+        data_collator=DataCollatorForLanguageModeling(tiny.tokenizer(), mlm_probability=0.5),
+    )
+    run.train()
+    assert run.state.log_history[0]["loss_logits"] > 0
+
+
+def test_bf16_autocast_trains():
+    student, teacher = pair()
+    run = trainer(student, teacher, rows(), bf16=True, logging_steps=1)
+    run.train()
+    assert run.state.log_history[0]["loss_logits"] > 0
+    assert student.dtype == torch.float32
+
+
+def test_any_trainer_takes_the_mixin():
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    class Mine(DistillationMixin, Seq2SeqTrainer):
+        pass
+
+    student, teacher = pair()
+    args = Seq2SeqTrainingArguments(**{**arguments(max_steps=1).to_dict(), "disable_tqdm": True})
+    Mine(student, args, teacher=teacher, train_dataset=rows(), data_collator=collate).train()
+    assert report(student).steps[-1].technique == "distill"
+
+
+def test_record_survives_saving(tmp_path):
+    student, teacher = pair()
+    trainer(student, teacher, rows(), losses=[LogitLoss(4.0)]).train()
+    student.save_pretrained(tmp_path)
+    step = report(tmp_path).steps[-1]
+    assert (step.technique, step.method) == ("distill", "logits")
+    assert step.settings["losses"] == {"logits": {"temperature": 4.0, "weight": 1.0}}
+    assert step.results == {"train_examples": 16, "steps": 2}
+    assert json.loads((tmp_path / "config.json").read_text())["hfshrink"]["format_version"] == 1
+
+
+def test_unlabelled_data_needs_label_weight_zero():
+    student, teacher = pair()
+    trainer(student, teacher, rows(labels=None), label_weight=0.0).train()
+    with pytest.raises(SettingError, match="batch has no labels .* label_weight is 0.5"):
+        trainer(student, teacher, rows(labels=None)).train()
+
+
+def test_broken_teacher_is_named():
+    student, teacher = pair()
+    teacher.classifier.weight.data.fill_(float("nan"))
+    with pytest.raises(SettingError, match="At step 0 the teacher's logits hold NaN or infinity"):
+        trainer(student, teacher, rows()).train()
+
+
+def test_broken_student_is_named():
+    student, teacher = pair()
+    student.classifier.weight.data.fill_(float("inf"))
+    with pytest.raises(SettingError, match="At step 0 the student's logits hold NaN or infinity"):
+        trainer(student, teacher, rows()).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label_weight": -1}, "label_weight must not be negative, got -1"),
+        ({"losses": [], "label_weight": 0.0}, "nothing to learn from"),
+        ({"losses": [LogitLoss(), LogitLoss()]}, "Each loss must have a name of its own"),
+        ({"teacher": None}, "Give teacher=, or a train_dataset with the column 'teacher_logits'"),
+        ({"data": Dataset.from_dict({"input_ids": []})}, "train_dataset is empty"),
+        ({"data": Dataset.from_dict({"text": ["a"], "labels": [0]})}, "has the columns text, labels, none of which"),
+        (
+            {"data": Dataset.from_dict({"input_ids": [[5] * 40], "labels": [0]})},
+            "longest row has 40 tokens, .* student reads at most 34",
+        ),
+        ({"teacher": "no/such/folder/here"}, "There is no folder"),
+    ],
+)
+def test_errors_come_before_training(change, message):
+    from hfshrink import HfshrinkError
+
+    student, teacher = pair()
+    given = {"student": student, "teacher": teacher, "data": rows(), **change}
+    with pytest.raises(HfshrinkError, match=message):
+        trainer(given.pop("student"), given.pop("teacher"), given.pop("data"), **given)
+
+
+def test_student_can_not_be_its_own_teacher():
+    student, _ = pair()
+    with pytest.raises(SettingError, match="the same object"):
+        trainer(student, student, rows())
