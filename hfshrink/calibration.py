@@ -65,10 +65,12 @@ def batches(
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+        >>> model = BertModel(config)
         >>> rows = [{"input_ids": torch.ones(3, 5, dtype=torch.long), "title": "left out"}]
-        >>> [{name: tuple(tensor.shape) for name, tensor in batch.items()} for batch in batches(rows, model, samples=2)]
-        [{'input_ids': (2, 5)}]
+        >>> [batch] = batches(rows, model, samples=2)
+        >>> {name: tuple(tensor.shape) for name, tensor in batch.items()}
+        {'input_ids': (2, 5)}
     """
     for name, number in (("batch_size", batch_size), ("samples", 1 if samples is None else samples)):
         if number < 1:
@@ -79,8 +81,8 @@ def batches(
         found = _first_rows(calibration, samples)
     else:
         raise SettingError(
-            "calibration must be a datasets.Dataset, a Hub id, a folder or an iterable of batches (dicts of tensors), got "
-            f"{type(calibration).__name__}. A single batch goes into a list: [batch]."
+            "calibration must be a datasets.Dataset, a Hub id, a folder or an iterable of batches (dicts of tensors), "
+            f"got {type(calibration).__name__}. A single batch goes into a list: [batch]."
         )
     return _place(found, model)
 
@@ -196,7 +198,7 @@ def _watch_inputs(
                 return
             if not bool(torch.isfinite(x).all()):
                 raise SettingError(
-                    f"The input of {name} has NaN or infinite values. Check the data, or load with dtype=torch.float32."
+                    f"The input of {name} has NaN or infinite values. Check the data, or load in float32."
                 )
             stats[name].tokens += x.shape[0]
             update(stats[name], x)
@@ -231,7 +233,7 @@ def _watch_gradients(
         weight: Any = module.weight
         if not (weight.requires_grad and weight.is_leaf):
             raise SettingError(
-                f"{name}.weight gets no gradient: it is frozen or parametrized. Call weight.requires_grad_() or exclude it."
+                f"{name}.weight gets no gradient: it is frozen or parametrized. Unfreeze or exclude it."
             )
         hooks.callback(weight.register_hook(watch(name)).remove)
 

@@ -85,8 +85,8 @@ class HfshrinkQuantizer(HfQuantizer):
     def validate_environment(self, *_: Any, **__: Any) -> None:
         if not self.pre_quantized:
             raise CheckpointError(
-                "quantization_config=HfshrinkConfig(…) can't compress while loading. Load the model without it and call a "
-                "technique, such as hfshrink.factorize(model)."
+                "quantization_config=HfshrinkConfig(…) can't compress while loading. Load the model without it, then "
+                "compress it."
             )
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
@@ -153,7 +153,8 @@ def set_layers(model: Any, layers: Mapping[str, CompressedLayer]) -> None:
         >>> import torch
         >>> from transformers import BertConfig, BertModel
         >>> from hfshrink.layers import ResizedLinear
-        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4))
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> model = BertModel(config)
         >>> name, rows = "encoder.layer.0.attention.self.query", torch.arange(6)
         >>> set_layers(model, {name: ResizedLinear.from_dense(model.get_submodule(name), rows=rows)})
         >>> layer_map(model)[name]["out_features"]
@@ -202,7 +203,8 @@ def to_dense(model: Any) -> Any:
         >>> import torch
         >>> from transformers import BertConfig, BertModel
         >>> from hfshrink.layers import ResizedLinear
-        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4))
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4)
+        >>> model = BertModel(config)
         >>> dense = model.pooler.dense
         >>> set_layers(model, {"pooler.dense": ResizedLinear.from_dense(dense, columns=torch.arange(7))})
         >>> to_dense(model).pooler.dense
@@ -258,9 +260,9 @@ def _resolve_names(layers: Mapping[str, Any], model: Any) -> dict[str, Any]:
         if own is None and is_other and not name.startswith(prefix):
             continue
         if own is None or own in found:
+            what = f"which {type(model).__name__} has not" if own is None else "twice"
             raise CheckpointError(
-                f"The layer map names {name[:120]!r}, which {type(model).__name__} has {'not' if own is None else 'twice'}. "
-                "Is it the right config.json for these weights?"
+                f"The layer map names {name[:120]!r}, {what}. Is it the right config.json for these weights?"
             )
         found[own] = spec
     return found
@@ -287,7 +289,7 @@ def _check_place(name: str, old: nn.Module, layer: Any, model: Any, error: type[
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if f"{name}.weight" in {*tied, *tied.values()}:
         raise error(
-            f"The weight of {name} is tied to another one, so it can't change its shape. Leave it out: exclude={name!r}."
+            f"The weight of {name} is tied to another one and must keep its shape. Leave it out: exclude={name!r}."
         )
 
 

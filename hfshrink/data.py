@@ -255,7 +255,7 @@ def model_labels(dataset: Dataset, column: str, model: Any) -> list[Any]:
     feature = dataset.features[column]
     inner = getattr(feature, "feature", feature)
     flat = _flatten(values)
-    config = config_of(model)
+    config: Any = config_of(model)
     if isinstance(inner, datasets.ClassLabel):
         mapping = _name_mapping(inner.names, config)
         return [_map(value, mapping) for value in values]

@@ -83,6 +83,8 @@ def infer_task(model: Any, task: str | None = None) -> str:
     is_torch_model = hasattr(model, "named_modules")
     if is_torch_model:
         names = [type(model).__name__]
+    elif not names and hasattr(model, "components"):  # an export that was not saved yet: its graphs know their source
+        names = [n for n in (part.metadata.architecture for part in model.components.values()) if n is not None]
     if not names:
         raise UnsupportedModelError(
             f"The config of {getattr(config, '_name_or_path', '') or type(config).__name__} names no architecture, "
@@ -113,10 +115,18 @@ def load_processor(source: str | Path, trust_remote_code: bool = False, **kwargs
 
     for auto in (AutoProcessor, AutoTokenizer, AutoImageProcessor):
         try:
-            return auto.from_pretrained(str(source), trust_remote_code=trust_remote_code, **kwargs)
+            found = auto.from_pretrained(str(source), trust_remote_code=trust_remote_code, **kwargs)
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
             continue
+        if not _is_empty_tokenizer(found):
+            return found
     return None
+
+
+def _is_empty_tokenizer(processor: Any) -> bool:
+    """Without tokenizer files transformers makes a tokenizer that knows its special tokens only."""
+    known = getattr(processor, "get_vocab", None)
+    return known is not None and len(known()) <= len(set(processor.all_special_tokens))
 
 
 def _check_task(task: str) -> str:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -331,7 +331,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         from transformers.utils.hub import cached_file
 
         try:
-            path = Path(cached_file(str(folder), "config.json"))
+            path = Path(cached_file(str(folder), "config.json") or "")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{str(folder)!r} is no folder, and no model of that name can be read: {error}"
@@ -399,7 +399,7 @@ def _megabytes(size: float) -> str:
     return f"{size / 1e6:.1f} MB"
 
 
-_SHOWN = {
+_SHOWN: dict[str, Callable[[Any], str]] = {
     "parameters": lambda n: f"{n:,}",
     "nonzero_parameters": lambda n: f"{n:,}",
     "size_bytes": _megabytes,

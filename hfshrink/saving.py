@@ -27,9 +27,9 @@ def save_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         An empty folder beside it to write into. After an error it is removed, and `folder` is as it was.
 
     Raises:
-        CheckpointError: The folder holds files and `overwrite` is false; it is a file, a link or a place that must not
-            be replaced (the working directory, home, or a parent of them); or it can't be written. Raised before the
-            block runs where it can be known.
+        CheckpointError: The folder holds files and `overwrite` is false; it is a file, a link, a mount point or the
+            working directory; replacing it would delete the working directory or home; or it can't be written. Raised
+            before the block runs where it can be known.
 
     Example:
         >>> import tempfile
@@ -64,6 +64,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target} is a symbolic link; give the folder that it points to: {target.resolve()}")
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file, expected a folder that is missing or empty.")
+    if target.is_mount() or (target.is_dir() and target.samefile(Path.cwd())):
+        raise CheckpointError(f"{target} is a mount point or the working directory; name a folder inside it.")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:

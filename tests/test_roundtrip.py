@@ -69,7 +69,9 @@ def test_load_in_bfloat16(family: str, kind: str, tmp_path: Path) -> None:
     indices = [buffer for name, buffer in loaded.named_buffers() if ".kept_" in name]
     assert all(buffer.dtype == torch.int32 for buffer in indices)
     assert bool(indices) == (kind == "resized")
-    assert_same_state(to_dense(network).to(torch.bfloat16), to_dense(loaded)) if kind == "resized" else to_dense(loaded)
+    to_dense(network), to_dense(loaded)
+    if kind == "resized":  # of low rank the product is rounded once more
+        assert_same_state(network.to(torch.bfloat16), loaded)
 
 
 def test_sharded(tmp_path: Path) -> None:
@@ -134,12 +136,11 @@ def test_base_model_and_other_heads(tmp_path: Path) -> None:
     assert_same_state(again.bert, network.bert)
 
 
-@pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_unregistered_load_fails(kind: str, tmp_path: Path) -> None:
+def test_unregistered_load_fails(tmp_path: Path) -> None:
     """Trap 1: a process that never imports hfshrink must not get a model with random layers."""
-    folders = [tmp_path / family for family in ("bert", "llama", "vit", "distilbert", "roberta", "electra")]
+    folders = [tmp_path / kind / family for kind in LAYER_KINDS for family in cuts.FAMILIES]
     for folder in folders:
-        compressed(folder.name, kind).save_pretrained(folder)
+        compressed(folder.name, folder.parent.name).save_pretrained(folder)
     code = (
         "import sys\nfrom transformers import AutoModel\nfor folder in sys.argv[1:]:\n"
         "    try:\n        AutoModel.from_pretrained(folder)\n"

@@ -204,9 +204,9 @@ def _check_vocabulary(student: Any, teacher: Any, ours: Any, theirs: Any, task: 
             f"The student predicts {sizes[0]} tokens, the teacher {sizes[1]}; logits of different vocabularies can't "
             f"be matched."
         )
-    vocabularies = [_vocabulary(processor) for processor in (ours, theirs or find_processor(teacher))]
-    if None not in vocabularies:
-        _check_tokenizers(*vocabularies)
+    own, other = _vocabulary(ours), _vocabulary(theirs or find_processor(teacher))
+    if own is not None and other is not None:
+        _check_tokenizers(own, other)
     elif None not in sizes and sizes[0] != sizes[1]:
         raise SettingError(
             f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}: they do not read the same "

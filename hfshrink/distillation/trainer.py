@@ -27,8 +27,10 @@ from hfshrink.loading import infer_task
 from hfshrink.modules import accepted_inputs, count_parameters
 from hfshrink.record import Measurement, StepRecord, append_step, config_of, model_name
 
+_Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 
-class DistillationMixin:
+
+class DistillationMixin(_Trainer):
     """Adds a teacher to a Trainer: put it first, as in `class Mine(DistillationMixin, Seq2SeqTrainer): …`.
 
     The training loss is `label_weight · the student's own loss + Σ weight · part`, every part a mean over the items
@@ -50,7 +52,9 @@ class DistillationMixin:
             at all, or an empty data set.
     """
 
-    loss_is_scaled_for_ga = True  # each part is divided by the items of the accumulated batch, so the Trainer must not
+    loss_is_scaled_for_ga: bool | None = (
+        True  # each part is divided by the items of the accumulated batch, so the Trainer must not
+    )
 
     def __init__(
         self,
@@ -61,12 +65,14 @@ class DistillationMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.losses = [LogitLoss()] if losses is None else list(losses)
+        self.losses: list[Any] = [LogitLoss()] if losses is None else list(losses)
         self.label_weight = label_weight
         self._loss_sums: dict[str, Tensor] = {}
         self._logged_step = 0
         self._check_signals()
-        self.teacher, self._label_order, self._teacher_inputs = None, None, set()
+        self.teacher: Any = None
+        self._label_order: Tensor | None = None
+        self._teacher_inputs: set[str] = set()
         if teacher is not None:
             self._set_teacher(teacher)
         elif not _has_column(self.train_dataset, TEACHER_LOGITS):
@@ -181,7 +187,8 @@ class DistillationMixin:
         """
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            self._signature_columns += sorted((self._teacher_inputs | {TEACHER_LOGITS}) - set(self._signature_columns))
+            known = list(self._signature_columns)
+            self._signature_columns = known + sorted((self._teacher_inputs | {TEACHER_LOGITS}) - set(known))
 
     # -- scaling: every part is a sum over items, divided by the items of all accumulated batches on all processes
 

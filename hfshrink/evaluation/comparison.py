@@ -13,7 +13,7 @@ import numpy as np
 from hfshrink.data import read_dataset
 from hfshrink.errors import SettingError
 from hfshrink.evaluation.bootstrap import expected_calibration_error, mcnemar_p, percentile_interval, resample_values
-from hfshrink.evaluation.scoring import Evaluation, _dataset_name, evaluate_loaded
+from hfshrink.evaluation.scoring import Evaluation, dataset_name, evaluate_loaded
 from hfshrink.loading import load
 from hfshrink.record import Score, table
 
@@ -166,7 +166,7 @@ def compare(
     if len(ready) < 2:
         columns = {"text_columns": text_columns, "label_column": label_column, "max_length": max_length}
         rows = read_dataset(dataset, split)
-        name = _dataset_name(dataset, rows), split or (None if rows.split is None else str(rows.split))
+        name = dataset_name(dataset, rows), split or (None if rows.split is None else str(rows.split))
         (model_a, own_a), (model_b, own_b) = load(a, task), load(b, task)
         sides = (model_a, processor or own_a), (model_b, processor or own_b or own_a)
         ready = [

@@ -1,8 +1,8 @@
-"""The maths of the metrics: each is `statistics` per example and `reduce` of their sum, so that a bootstrap is a
-matrix product.
+"""The maths of the metrics: each is `statistics` per example and `reduce` of their sum.
 
-A metric of this form is a function of the sum over examples of some numbers, as accuracy is of (right, all).
-Resampling the examples then only changes the weights of that sum. Rank correlation has no such form and is recomputed.
+So a bootstrap is a matrix product. A metric of this form is a function of the sum over examples of some numbers, as
+accuracy is of (right, all): resampling the examples only changes the weights of that sum.
+Rank correlation has no such form and is recomputed.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Measure:
 
 
 def ratio(part: Any, whole: Any) -> np.ndarray:
-    """`part / whole`, and 0 where `whole` is 0 (the convention of scikit-learn and seqeval for precision, recall and F1)."""
+    """`part / whole`, and 0 where `whole` is 0, as scikit-learn and seqeval do for precision, recall and F1."""
     part, whole = np.broadcast_arrays(np.asarray(part, dtype=float), np.asarray(whole, dtype=float))
     return np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
 
@@ -270,7 +270,8 @@ def resolve_measures(metric: Any, kind: str, top: int | None = None) -> tuple[Me
     if metric is None:
         if not defaults:
             raise SettingError(
-                "feature-extraction has no metric of its own. Pass metric=, a function (embeddings, labels) -> float or dict."
+                "feature-extraction has no metric of its own. Pass metric=, a function (embeddings, "
+                "labels) -> float or dict."
             )
         return defaults
     if isinstance(metric, list | tuple):
@@ -294,7 +295,8 @@ def _by_name(name: str, kind: str, defaults: Sequence[Measure]) -> Measure:
             return dataclasses.replace(measure, name=name, keys=(name,))
     names = [key for measure in defaults for key in measure.keys]
     raise SettingError(
-        f"metric must be one of {', '.join(names) or 'none by name'} for this model ({kind}), got {name!r}. For another one pass an "
+        f"metric must be one of {', '.join(names) or 'none by name'} for this model ({kind}), got {name!r}. "
+        "For another one pass an "
         "evaluate.Metric or a function (predictions, references) -> float or dict."
     )
 
@@ -303,7 +305,8 @@ def _wrap(metric: Any) -> Measure:
     has_compute = hasattr(metric, "compute")
     if not has_compute and not callable(metric):
         raise SettingError(
-            f"metric must be a name, a function (predictions, references), or an object with compute, got {type(metric).__name__}."
+            "metric must be a name, a function (predictions, references), or an object with compute, got "
+            f"{type(metric).__name__}."
         )
     name = str(getattr(metric, "name", None) or getattr(metric, "__name__", None) or type(metric).__name__)
 

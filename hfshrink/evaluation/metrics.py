@@ -1,5 +1,4 @@
-"""The metrics as `evaluate.Metric` classes, for `evaluate.combine`, a Trainer's `compute_metrics`, or
-`hfshrink.evaluate(metric=…)`.
+"""The metrics as `evaluate.Metric` classes: for `evaluate.combine`, `compute_metrics`, or `evaluate(metric=…)`.
 
 `evaluate.load("accuracy")` fetches a script from the Hub; these are part of the package and need no network. Importing
 this module imports `evaluate`, which takes seconds: nothing else in hfshrink does.
@@ -18,7 +17,7 @@ INTEGER, NUMBER, TEXT = datasets.Value("int64"), datasets.Value("float64"), data
 
 
 class MeasureMetric(evaluate.Metric):
-    """An `evaluate.Metric` around one `Measure`; a subclass names it and the form of one prediction and one reference."""
+    """An `evaluate.Metric` around one `Measure`; a subclass names it, and the form of a prediction and a reference."""
 
     measure: ClassVar[measures.Measure]
     prediction: ClassVar[Any] = INTEGER

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from hfshrink.data import IGNORED, batches, check_class_labels
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation.spans import best_span
+from hfshrink.modules import accepted_inputs
 from hfshrink.record import config_of
 
 if TYPE_CHECKING:
@@ -82,11 +82,11 @@ def input_names(model: Any) -> tuple[list[str], list[str]]:
         UnsupportedModelError: An export of several graphs, as for generation: it is not called as a whole.
     """
     if isinstance(model, nn.Module):
-        names = [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is not p.VAR_KEYWORD]
-        return [name for name in names if name != "labels"], []
+        return sorted(accepted_inputs(model) - {"labels"}), []
     if len(model.components) != 1:
         raise UnsupportedModelError(
-            f"This export has the graphs {', '.join(model.components)} and is no single call. Measure the model before its export, or "
+            f"This export has the graphs {', '.join(model.components)} and is no single call. Measure the "
+            "model before its export, or "
             "export it with OnnxExporter().export."
         )
     metadata = next(iter(model.components.values())).metadata
@@ -103,15 +103,15 @@ def model_inputs(model: Any, batch: Batch) -> Batch:
     missing = [name for name in needed if name not in batch]
     if missing:
         raise SettingError(
-            f"The export was traced with {', '.join(needed)}; the data set lacks {', '.join(missing)}. Encode the rows with the "
+            f"The export was traced with {', '.join(needed)}; the data set lacks {', '.join(missing)}. "
+            "Encode the rows with the "
             "tokenizer that the export was made with (model_input_names)."
         )
     return {name: tensor.to(model.device) for name, tensor in batch.items() if name in taken}
 
 
 def logits_of(outputs: Any, rows: list[int], name: str = "logits", mask: torch.Tensor | None = None) -> torch.Tensor:
-    """A float32 copy of the outputs called `name`, (batch, …), checked to be finite where `mask` says that they
-    matter.
+    """A float32 copy of the outputs called `name`, (batch, …), checked to be finite where `mask` says that it matters.
 
     Raises:
         UnsupportedModelError: There are none.
@@ -135,7 +135,8 @@ def check_rows(broken: torch.Tensor, rows: list[int]) -> None:
     if bool(broken.any()):
         row = min(row for row, bad in zip(rows, broken.tolist(), strict=True) if bad)
         raise SettingError(
-            f"The model's logits for row {row} are NaN or infinite. The weights are broken or overflow: check them with "
+            f"The model's logits for row {row} are NaN or infinite. The weights are broken or overflow: "
+            "check them with "
             "torch.isfinite, or load the model in float32."
         )
 
@@ -172,7 +173,7 @@ def predict_numbers(source: Source, references: np.ndarray) -> Predictions:
 
 def predict_tags(source: Source) -> Predictions:
     """Names of the predicted and the actual tags of each row, at the positions whose label is not -100."""
-    names = config_of(source.model).id2label
+    names: Any = config_of(source.model).id2label
     size = len(source.encoded)
     predicted: list[list[str]] = [[] for _ in range(size)]
     actual: list[list[str]] = [[] for _ in range(size)]
@@ -226,7 +227,7 @@ def row_likelihood(logits: torch.Tensor, labels: torch.Tensor, *, is_causal: boo
 
 
 def predict_features(source: Source, references: Any) -> Predictions:
-    """One vector per row, (n, features): the mean of the last hidden state over the tokens (or over the positions of an image)."""
+    """One vector per row, (n, features): the mean of the last hidden state over tokens or positions of an image."""
     found: list[np.ndarray | None] = [None] * len(source.encoded)
     for rows, batch, outputs in source.outputs():
         mask = batch.get("attention_mask")

@@ -1,11 +1,10 @@
-"""`profile`: size, operations, speed, memory and energy of one model; `measure_latencies`: the speed of several, interleaved."""
+"""`profile`: size, operations, speed, memory and energy of a model; `measure_latencies`: several, interleaved."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from torch import nn
 import hfshrink
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.evaluation.inputs import random_inputs
+from hfshrink.evaluation.machine import processor_name, read_energy
 from hfshrink.evaluation.prediction import eval_mode
 from hfshrink.loading import EXPORT_MANIFEST, load
 from hfshrink.modules import count_parameters
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 WARM_UP = 5
 EXPORT_SUFFIXES = (".onnx", ".onnx.data", ".xml", ".bin", ".pte", ".pt2")
 FOOTPRINT_SECONDS = 600
-POWERCAP = Path("/sys/class/powercap")
 
 
 def profile(
@@ -78,7 +77,8 @@ def profile(
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9))
+        >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+        >>> model = BertModel(BertConfig(**sizes))
         >>> profile(model, sequence_length=4, batch_sizes=(1,), repeats=2, memory=False).macs
         1856
     """
@@ -155,7 +155,8 @@ def measure_latencies(
 
     Example:
         >>> from transformers import BertConfig, BertModel
-        >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9))
+        >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+        >>> model = BertModel(BertConfig(**sizes))
         >>> found = measure_latencies({"tiny": model}, sequence_length=4, batch_sizes=(1,), repeats=2)
         >>> found["tiny"][0].runtime, found["tiny"][0].repeats
         ('torch', 2)
@@ -199,19 +200,11 @@ def count_macs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int | None:
 
 
 def weight_bytes(folder: str | Path) -> int | None:
-    """Bytes of the weight files in a folder: those of the export where there is one, else the safetensors; None without any."""
+    """Bytes of the weight files in a folder: those of an export, else the safetensors; None without any."""
     folder = Path(folder)
     suffixes = EXPORT_SUFFIXES if (folder / EXPORT_MANIFEST).is_file() else (".safetensors",)
     files = [file for file in folder.iterdir() if file.is_file() and file.name.endswith(suffixes)]
     return sum(file.stat().st_size for file in files) if files else None
-
-
-def processor_name() -> str:
-    """The name of this machine's processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or "unknown"
 
 
 def _check_settings(batch_sizes: Sequence[int], threads: int, repeats: int) -> None:
@@ -339,17 +332,3 @@ def _energy(model: Any, inputs: dict[str, torch.Tensor], threads: int, repeats: 
         if z in after
     ]
     return sum(joules) / repeats
-
-
-def read_energy(powercap: Path = POWERCAP) -> dict[str, tuple[int, int]] | None:
-    """Processor package -> (microjoules so far, value at which the counter starts again); None where there is no readable counter."""
-    found = {}
-    try:
-        for zone in sorted(powercap.glob("*rapl:*")):
-            if zone.name.count(":") == 1:  # "intel-rapl:0" is a package, "intel-rapl:0:0" a part of it
-                values = ((zone / name).read_text(encoding="utf-8") for name in ("energy_uj", "max_energy_range_uj"))
-                energy, largest = (int(value) for value in values)
-                found[zone.name] = energy, largest
-    except (OSError, ValueError):
-        return None
-    return found or None

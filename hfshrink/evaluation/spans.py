@@ -1,5 +1,4 @@
-"""Extractive question answering: windows over long contexts, the best span, and the scores of SQuAD (Rajpurkar et al.
-2016).
+"""Extractive question answering: windows over long contexts, the best span, SQuAD's scores (Rajpurkar et al. 2016).
 
 Pure functions, and the encoding of rows with the columns `question`, `context` and `answers`.
 """
@@ -77,8 +76,8 @@ def best_span(
     scores = np.full((min(longest, len(start)), len(start)), -np.inf)  # (extra tokens, first token)
     for extra in range(len(scores)):
         scores[extra, : len(start) - extra] = start[: len(start) - extra] + end[extra:]
-    extra, first = np.unravel_index(int(np.argmax(scores)), scores.shape)
-    return float(scores[extra, first]), int(first), int(first + extra)
+    more, first = divmod(int(np.argmax(scores)), scores.shape[1])
+    return float(scores[more, first]), first, first + more
 
 
 def read_answers(dataset: Dataset) -> list[list[str]]:
@@ -90,8 +89,10 @@ def read_answers(dataset: Dataset) -> list[list[str]]:
     missing = [name for name in COLUMNS if name not in dataset.column_names]
     if missing:
         raise SettingError(
-            f"Question answering needs the columns question, context and answers ({{'text': […], 'answer_start': […]}}); "
-            f"{', '.join(missing)} is missing, the data set has {', '.join(dataset.column_names)}. Rename with rename_column."
+            "Question answering needs the columns question, context and answers "
+            f"({{'text': […], 'answer_start': […]}}); "
+            f"{', '.join(missing)} is missing, the data set has {', '.join(dataset.column_names)}. Rename "
+            "with rename_column."
         )
     return [_texts(row, answers) for row, answers in enumerate(dataset.with_format(None)["answers"])]
 
@@ -124,7 +125,8 @@ def split_windows(
     room = longest - max(question_lengths) - tokenizer.num_special_tokens_to_add(pair=True)
     if room < 2:
         raise SettingError(
-            f"The question in row {int(np.argmax(question_lengths))} has {max(question_lengths)} tokens and leaves no room for its "
+            f"The question in row {int(np.argmax(question_lengths))} has {max(question_lengths)} tokens and "
+            "leaves no room for its "
             f"context in {longest}. Raise max_length, or shorten the question."
         )
     windows, rows, spans = [], [], []

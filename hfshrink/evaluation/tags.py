@@ -37,7 +37,7 @@ def find_entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def tag_counts(predicted: Sequence[str], actual: Sequence[str]) -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Entities per type that are in both, in `predicted` and in `actual`; a hit has the same type, first and last position."""
+    """Entities per type in both, in `predicted`, and in `actual`; a hit has the same type, first and last position."""
     ours, theirs = set(find_entities(predicted)), set(find_entities(actual))
     hits, predictions, references = (Counter(kind for kind, _, _ in side) for side in (ours & theirs, ours, theirs))
     return hits, predictions, references

@@ -38,7 +38,7 @@ def read_spec(spec: Mapping[str, Any], kind: str, sizes: tuple[str, ...]) -> lis
 
 
 def dense_linear(weight: Tensor, bias: Tensor | None, like: nn.Module) -> nn.Linear:
-    """A Linear of `weight` (out, in) and `bias` (out,), trainable and in train mode as `like` is. Draws no random number."""
+    """A Linear of `weight` (out, in) and `bias` (out,), trainable and in train mode as `like` is; nothing random."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     trainable = like.weight.requires_grad
     linear.weight = nn.Parameter(weight.detach().clone().contiguous(), requires_grad=bool(trainable))

@@ -41,8 +41,8 @@ class LowRankLinear(nn.Module):
         super().__init__()
         if not 1 <= rank < out_features:
             raise SettingError(
-                f"rank must be in 1..{out_features - 1} for a weight of shape ({out_features}, {in_features}), got {rank}: "
-                "the factor stored as `weight` must not have the dense shape."
+                f"rank must be in 1..{out_features - 1} for a weight of shape ({out_features}, {in_features}), "
+                f"got {rank}: the factor stored as `weight` must not have the dense shape."
             )
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.weight = empty_parameter(rank, in_features)

@@ -35,7 +35,7 @@ RANDOM_LENGTHS = (4, 16, 64, 128)
 logger = logging.getLogger(__name__)
 
 
-def export_float(model: nn.Module, processor: Any = None) -> Any:
+def export_float(model: Any, processor: Any = None) -> Any:
     """Export a model as one float ONNX graph with free batch size and sequence length.
 
     Every input that the tokenizer makes and the model takes is traced (an untraced one would be dropped at run time,
@@ -54,7 +54,7 @@ def export_float(model: nn.Module, processor: Any = None) -> Any:
     axes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
     if "pixel_values" in inputs:
         axes["pixel_values"] = {0: torch.export.Dim.AUTO}
-    flags = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
+    flags: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     with _quiet(), _eval_mode(model):
         exported = OnnxExporter().export(model, {**inputs, **flags}, OnnxConfig(dynamic=True, dynamic_shapes=axes))
     exported.config = copy.deepcopy(model.config)  # the exporter hands out the model's own object
@@ -108,9 +108,7 @@ def quantize_dynamic(
     return ExportedModel(components, exported.export_format, config=exported.config), sorted(set(changed))
 
 
-def check_parity(
-    model: nn.Module, exported: Any, processor: Any, task: str, calibration: Any = None
-) -> dict[str, Any]:
+def check_parity(model: Any, exported: Any, processor: Any, task: str, calibration: Any = None) -> dict[str, Any]:
     """Compare an export with the PyTorch model on the same inputs.
 
     Args:
@@ -168,7 +166,7 @@ def supports_vnni() -> bool:
     return False
 
 
-def _random_feed(model: nn.Module, processor: Any) -> Iterator[dict[str, Tensor]]:
+def _random_feed(model: Any, processor: Any) -> Iterator[dict[str, Tensor]]:
     longest = max_positions(model) or max(RANDOM_LENGTHS)
     for seed, length in enumerate(sorted({min(length, longest) for length in RANDOM_LENGTHS})):
         yield random_inputs(model, processor, batch_size=seed + 1, length=length, seed=seed)
@@ -200,15 +198,15 @@ def _first_output(output: Any) -> Tensor:
     return next(output[name] for name in names if name in output)
 
 
-def _real_positions(inputs: dict[str, Tensor], output: Tensor) -> Any:
+def _real_positions(inputs: dict[str, Any], output: Tensor) -> Any:
     """Index of the outputs that mean something: positions that are not padding, or everything."""
-    mask = inputs.get("attention_mask")
+    mask: Any = inputs.get("attention_mask")
     per_token = mask is not None and output.dim() >= 2 and output.shape[:2] == mask.shape
     return mask.bool().cpu() if per_token else slice(None)
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: Any) -> Iterator[None]:
     training = model.training
     model.eval()
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,80 +73,80 @@ def quantize(
         >>> exported.config.hfshrink["history"][-1]["method"]
         'onnx-int8'
     """
-    start = time.perf_counter()
     if scheme not in SCHEMES:
         raise SettingError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}.")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, extra="onnx")
-    target = None if output_dir is None else Path(output_dir)
-    with save_aside(target, overwrite=overwrite) if target is not None else _nowhere() as folder:
-        source = model
-        model, found = load(model, task, trust_remote_code=trust_remote_code)
-        if not isinstance(model, nn.Module):
+    settings = _settings(calibration=calibration, task=task, exclude=exclude)
+    with nullcontext() if output_dir is None else save_aside(output_dir, overwrite=overwrite) as folder:
+        loaded, found = load(model, task, trust_remote_code=trust_remote_code)
+        if not isinstance(loaded, nn.Module):
             raise UnsupportedModelError(
-                f"{source} is an export already; quantize the PyTorch model that it was made from."
+                f"{model} is an export already; quantize the PyTorch model that it was made from."
             )
         processor = processor or found
-        task = infer_task(model, task)
-        kept_float = _kept_float(model, exclude)
-        exported = export_float(model, processor)
-        changed: list[str] = []
-        results: dict[str, Any] = {}
-        if scheme == "onnx-int8":
-            results["reduce_range"] = not supports_vnni()
-            exported, changed = quantize_dynamic(exported, kept_float, reduce_range=results["reduce_range"])
-        results["parity"] = check_parity(model, exported, processor, task, calibration)
-        if folder is not None:
-            exported.save_pretrained(folder)
-        step = StepRecord(
-            technique="quantize",
-            method=scheme,
-            settings=_settings(calibration=calibration, task=task, exclude=exclude),
-            before=_size(model, source),
-            after=Measurement(size_bytes=None if folder is None else _file_bytes(folder, ".onnx", ".onnx.data")),
-            modules=changed,
-            skipped=dict.fromkeys(kept_float, "task head" if exclude is None else "excluded"),
-            results=results,
-            seconds=time.perf_counter() - start,
-            source="onnxruntime dynamic quantization",
-        )
-        append_step(exported, step, base_model=model_name(model), task=task)
-        if folder is not None:
-            exported.config.save_pretrained(folder)
-            if processor is not None:
-                processor.save_pretrained(folder)
-    return exported if target is None else load(target)[0]
+        step, exported = _export(loaded, scheme, processor, infer_task(loaded, task), exclude, calibration)
+        before = dataclasses.replace(step.before, size_bytes=_file_bytes(model, ".safetensors"))
+        step = dataclasses.replace(step, settings=settings, before=before)
+        if folder is None:
+            append_step(exported, step, base_model=model_name(loaded), task=infer_task(loaded, task))
+            return exported
+        exported.save_pretrained(folder)
+        after = dataclasses.replace(step.after, size_bytes=_file_bytes(folder, ".onnx", ".onnx.data"))
+        step = dataclasses.replace(step, after=after)
+        append_step(exported, step, base_model=model_name(loaded), task=infer_task(loaded, task))
+        exported.config.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    return load(output_dir)[0]
 
 
-class _nowhere:  # noqa: N801  a context manager like `contextlib.nullcontext`, named for what it stands for
-    def __enter__(self) -> None:
-        return None
+def _export(
+    model: Any, scheme: str, processor: Any, task: str, exclude: str | Sequence[str] | None, calibration: Any
+) -> tuple[StepRecord, Any]:
+    """The export and what there is to say about it, sizes on disk apart."""
+    start = time.perf_counter()
+    kept_float = _kept_float(model, exclude) if scheme == "onnx-int8" else []
+    exported = export_float(model, processor)
+    changed: list[str] = []
+    results: dict[str, Any] = {}
+    if scheme == "onnx-int8":
+        results["reduce_range"] = not supports_vnni()
+        exported, changed = quantize_dynamic(exported, kept_float, reduce_range=results["reduce_range"])
+    results["parity"] = check_parity(model, exported, processor, task, calibration)
+    parameters, nonzero = count_parameters(model)
+    step = StepRecord(
+        technique="quantize",
+        method=scheme,
+        before=Measurement(parameters=parameters, nonzero_parameters=nonzero),
+        after=Measurement(parameters=parameters),
+        modules=changed,
+        skipped=dict.fromkeys(kept_float, "task head" if exclude is None else "excluded"),
+        results=results,
+        seconds=time.perf_counter() - start,
+        source="ONNX Runtime, dynamic quantization",
+    )
+    return step, exported
 
-    def __exit__(self, *error: object) -> None:
-        return None
 
-
-def _kept_float(model: nn.Module, exclude: str | Sequence[str] | None) -> list[str]:
+def _kept_float(model: Any, exclude: str | Sequence[str] | None) -> list[str]:
     if exclude is None:
         return head_names(model)
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     return list(select_modules(model, (nn.Linear, nn.Embedding), include=patterns)) if patterns else []
 
 
-def _size(model: nn.Module, source: Any) -> Measurement:
-    parameters, nonzero = count_parameters(model)
-    on_disk = isinstance(source, str | Path) and Path(source).is_dir()
-    size = _file_bytes(Path(source), ".safetensors") if on_disk else None
-    return Measurement(parameters=parameters, nonzero_parameters=nonzero, size_bytes=size)
-
-
-def _file_bytes(folder: Path, *endings: str) -> int:
+def _file_bytes(folder: Any, *endings: str) -> int | None:
+    if not isinstance(folder, str | Path) or not Path(folder).is_dir():
+        return None
     return sum(file.stat().st_size for file in Path(folder).iterdir() if file.name.endswith(endings))
 
 
 def _settings(**given: Any) -> dict[str, Any]:
+    """The keywords that were given, as JSON holds them; data sets by their type's name."""
+    plain = (str, int, float, bool, list, tuple)
     return {
-        name: value if isinstance(value, str | int | float | bool) else str(type(value).__name__)
+        name: value if isinstance(value, plain) else type(value).__name__
         for name, value in given.items()
         if value is not None
     }

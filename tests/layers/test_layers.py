@@ -1,0 +1,232 @@
+"""What holds for every compressed layer, and what holds for each."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.layers import LAYER_KINDS, CompressedLayer, LowRankLinear, ResizedLinear, empty_layer
+
+
+def linear(bias: bool = True) -> nn.Linear:
+    """Weight of shape (6, 4)."""
+    return nn.Linear(4, 6, bias=bias)
+
+
+def low_rank(dense: nn.Linear) -> LowRankLinear:
+    return LowRankLinear.from_dense(dense, torch.randn(6, 2), torch.randn(2, 4))
+
+
+def resized(dense: nn.Linear) -> ResizedLinear:
+    return ResizedLinear.from_dense(dense, torch.tensor([0, 2, 5]), torch.tensor([1, 3]))
+
+
+MAKERS = {"low_rank": low_rank, "resized": resized}
+
+
+@pytest.fixture(params=[(kind, bias) for kind in LAYER_KINDS for bias in (True, False)], ids=str)
+def layer(request: pytest.FixtureRequest) -> CompressedLayer:
+    kind, bias = request.param
+    return MAKERS[kind](linear(bias))
+
+
+def test_spec_survives_json_and_gives_the_same_shapes(layer: CompressedLayer) -> None:
+    spec = json.loads(json.dumps(layer.spec()))
+    empty = empty_layer(spec)
+    assert type(empty) is LAYER_KINDS[spec["kind"]]
+    assert empty.spec() == layer.spec()
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in empty.state_dict().items()} == shapes
+
+
+def test_key_is_loud(layer: CompressedLayer) -> None:
+    """A dense layer refuses the state of a compressed one, for the shape of `weight`."""
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        linear(layer.bias is not None).load_state_dict(layer.state_dict(), strict=False)
+
+
+def test_dense_shape_and_modes(layer: CompressedLayer) -> None:
+    assert layer.dense_shape == (6, 4)
+    assert layer.to_dense().weight.shape == (6, 4)
+    assert layer.to_dense().training
+    assert not layer.eval().to_dense().training
+    layer.weight.requires_grad_(False)
+    assert not layer.to_dense().weight.requires_grad
+    assert (layer.to_dense().bias is None) == (layer.bias is None)
+
+
+def test_nothing_is_shared_with_the_dense_layer(layer: CompressedLayer) -> None:
+    dense = layer.to_dense()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_no_random_number_is_drawn() -> None:
+    dense = linear()
+    factors = torch.randn(6, 2), torch.randn(2, 4)
+    state = torch.get_rng_state()
+    for made in (LowRankLinear.from_dense(dense, *factors), ResizedLinear.from_dense(dense, torch.arange(5))):
+        made.to_dense()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype(layer: CompressedLayer, dtype: torch.dtype) -> None:
+    cast = layer.to(dtype)
+    assert {p.dtype for p in cast.parameters()} == {dtype}
+    assert all(buffer.dtype == torch.int32 for buffer in cast.buffers())
+    assert cast.to_dense().weight.dtype == dtype
+    remade = MAKERS[cast.kind](linear().to(dtype))
+    assert {p.dtype for p in remade.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ("low_rank", "Expected the spec of a layer as a JSON object, got str"),
+        ({"kind": "clustered"}, "Unknown kind of layer 'clustered'; this hfshrink knows low_rank, resized"),
+        ({"kind": ["low_rank"]}, "Unknown kind"),
+        ({"kind": "low_rank"}, "needs the entries bias, in_features, kind, out_features, rank, got kind"),
+        ({"rank": 0}, r"rank must be an integer in 1\.\.2\*\*31, got 0"),
+        ({"rank": True}, "rank must be an integer .* got True"),
+        ({"rank": 2.0}, r"got 2\.0"),
+        ({"in_features": 2**31 + 1}, "in_features must be an integer"),
+        ({"rank": 6}, r"rank must be in 1\.\.5 for a weight of shape \(6, 4\), got 6"),
+        ({"bias": 1}, "bias that is true or false, got 'low_rank' and 1"),
+        ({"extra": 1}, "needs the entries .* got bias, extra"),
+    ],
+)
+def test_low_rank_spec_from_elsewhere(spec: object, match: str) -> None:
+    if isinstance(spec, dict) and "kind" not in spec:
+        spec = {"kind": "low_rank", "in_features": 4, "out_features": 6, "rank": 2, "bias": True, **spec}
+    with pytest.raises(CheckpointError, match=match):
+        empty_layer(spec)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"in_features": 4, "out_features": 6}, r"Nothing is cut: a weight of shape \(6, 4\)"),
+        ({"in_features": 5}, r"\(6, 4\) can't be cut to \(3, 5\)"),
+        ({"out_features": -1}, "out_features must be an integer"),
+    ],
+)
+def test_resized_spec_from_elsewhere(sizes: dict[str, int], match: str) -> None:
+    spec = {"kind": "resized", "in_features": 2, "out_features": 3, "dense_in_features": 4, "dense_out_features": 6}
+    with pytest.raises(CheckpointError, match=match):
+        empty_layer({**spec, "bias": True, **sizes})
+
+
+class TestLowRankLinear:
+    def test_by_hand(self) -> None:
+        dense = nn.Linear(2, 3)
+        dense.bias.data = torch.tensor([1.0, 0.0, -1.0])
+        up, down = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0, 5.0]])
+        layer = LowRankLinear.from_dense(dense, up, down)
+        assert layer(torch.tensor([1.0, 1.0])).tolist() == [10.0, 18.0, 26.0]
+        assert layer.to_dense().weight.tolist() == [[4.0, 5.0], [8.0, 10.0], [12.0, 15.0]]
+        assert layer.to_dense().bias.tolist() == [1.0, 0.0, -1.0]
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_equals_its_dense_form(self, bias: bool) -> None:
+        layer, x = low_rank(linear(bias)), torch.randn(2, 3, 4)
+        torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+    def test_gradients_are_those_of_the_product(self) -> None:
+        layer, x = low_rank(linear()), torch.randn(5, 4)
+        layer(x).square().sum().backward()
+        out = layer(x).detach()
+        torch.testing.assert_close(layer.up.grad, 2 * out.T @ (x @ layer.weight.T))
+        torch.testing.assert_close(layer.weight.grad, layer.up.T @ (2 * out.T @ x))
+
+    def test_parameters(self) -> None:
+        layer = low_rank(linear())
+        assert sum(p.numel() for p in layer.parameters()) == 2 * (6 + 4) + 6
+
+    @pytest.mark.parametrize("rank", [0, 6, 7])
+    def test_rank(self, rank: int) -> None:
+        with pytest.raises(SettingError, match=rf"rank must be in 1\.\.5 .* \(6, 4\), got {rank}"):
+            LowRankLinear.from_dense(linear(), torch.ones(6, rank), torch.ones(rank, 4))
+
+    @pytest.mark.parametrize(("up", "down"), [((4, 2), (2, 6)), ((6, 2), (3, 4)), ((6,), (4,)), ((2, 6), (4, 2))])
+    def test_shapes(self, up: tuple[int, ...], down: tuple[int, ...]) -> None:
+        with pytest.raises(SettingError, match=r"weight of shape \(6, 4\), got \(.*\) and \(.*\)"):
+            LowRankLinear.from_dense(linear(), torch.ones(up), torch.ones(down))
+
+
+class TestResizedLinear:
+    def test_by_hand(self) -> None:
+        dense = nn.Linear(3, 2)
+        dense.weight.data = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        dense.bias.data = torch.tensor([7.0, 8.0])
+        layer = ResizedLinear.from_dense(dense, rows=torch.tensor([1]), columns=torch.tensor([0, 2]))
+        assert layer(torch.tensor([1.0, 1.0])).tolist() == [18.0]
+        assert layer.to_dense().weight.tolist() == [[0.0, 0.0, 0.0], [4.0, 0.0, 6.0]]
+        assert layer.to_dense().bias.tolist() == [0.0, 8.0]
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_is_the_masked_layer(self, bias: bool) -> None:
+        """Cut outputs are missing, cut inputs don't count, and gradients are those of the masked layer."""
+        dense = linear(bias)
+        layer, x = resized(dense), torch.randn(5, 4, requires_grad=True)
+        rows, columns = layer.kept()
+        mask = torch.zeros(6, 4)
+        mask[rows[:, None], columns] = 1
+        out = layer(x[:, columns])
+        masked = nn.functional.linear(x, dense.weight * mask, dense.bias)[:, rows]
+        torch.testing.assert_close(out, masked)
+        (out.square().sum()).backward()
+        (masked.square().sum()).backward()
+        torch.testing.assert_close(layer.weight.grad, dense.weight.grad[rows][:, columns])
+        if bias:
+            torch.testing.assert_close(layer.bias.grad, dense.bias.grad[rows])
+
+    def test_one_side(self) -> None:
+        only_rows = ResizedLinear.from_dense(linear(), rows=torch.arange(5))
+        assert set(dict(only_rows.named_buffers())) == {"kept_rows"}
+        every_row = ResizedLinear.from_dense(linear(), rows=torch.arange(6), columns=torch.tensor([3]))
+        assert set(dict(every_row.named_buffers())) == {"kept_columns"}
+        assert repr(every_row) == "ResizedLinear(in_features=1 of 4, out_features=6, bias=True)"
+
+    def test_shrinking_twice_is_shrinking_once(self) -> None:
+        dense = linear()
+        twice = ResizedLinear.from_dense(resized(dense), rows=torch.tensor([1, 2]))
+        once = ResizedLinear.from_dense(dense, torch.tensor([2, 5]), torch.tensor([1, 3]))
+        assert twice.spec() == once.spec()
+        assert list(twice.state_dict()) == list(once.state_dict())
+        assert all(torch.equal(tensor, once.state_dict()[name]) for name, tensor in twice.state_dict().items())
+        assert torch.equal(twice.to_dense().weight, once.to_dense().weight)
+
+    @pytest.mark.parametrize(
+        ("rows", "match"),
+        [
+            (torch.arange(6), r"Nothing is cut: a weight of shape \(6, 4\)"),
+            (None, "Nothing is cut"),
+            (torch.tensor([], dtype=torch.long), "rows is empty; at least one of 6 must stay"),
+            (torch.tensor([0, 6]), r"rows must lie in 0\.\.5, got 0\.\.6"),
+            (torch.tensor([-1, 2]), r"rows must lie in 0\.\.5, got -1\.\.2"),
+            (torch.tensor([2, 1]), r"rows must rise without repeats, got \[2, 1\]"),
+            (torch.tensor([1, 1]), "rows must rise without repeats"),
+            (torch.tensor([0.0, 1.0]), r"1-D tensor of integers, got torch.float32 of shape \(2,\)"),
+            (torch.tensor([True] * 6), "integers, got torch.bool"),
+            (torch.zeros(1, 1, dtype=torch.long), r"shape \(1, 1\)"),
+            ([0, 1], "integers, got list"),
+        ],
+    )
+    def test_indices(self, rows: Tensor, match: str) -> None:
+        with pytest.raises(SettingError, match=match):
+            ResizedLinear.from_dense(linear(), rows=rows)
+
+    def test_corrupt_indices(self) -> None:
+        layer = resized(linear())
+        layer.kept_rows[2] = 6
+        with pytest.raises(CheckpointError, match=r"corrupt: kept_rows must lie in 0\.\.5, got 0\.\.6"):
+            layer.to_dense()

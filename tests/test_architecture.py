@@ -1,0 +1,127 @@
+"""The plan of the house: who may import whom, the public names, and how light the import is."""
+
+import ast
+import pkgutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import hfshrink
+
+ROOT = Path(hfshrink.__file__).parent
+GROUND = {"errors", "record", "progress", "saving", "modules", "loading", "data", "calibration", "layers", "checkpoint"}
+MAY_IMPORT = {
+    "errors": set(),
+    "progress": set(),
+    "record": {"errors"},
+    "saving": {"errors"},
+    "modules": {"errors", "record"},
+    "layers": {"errors"},
+    "loading": {"errors", "modules", "record"},
+    "data": {"errors", "modules", "progress", "record"},
+    "calibration": {"data", "errors", "loading", "modules", "record"},
+    "checkpoint": {"errors", "layers", "loading", "modules", "record", "saving"},
+    "evaluation": {"data", "errors", "loading", "modules", "progress", "record"},
+    "distillation": GROUND | {"evaluation"},
+    "quantization": GROUND | {"evaluation"},
+    "cards": {"errors", "loading", "record"},
+    "cli": GROUND | {"cards", "distillation", "evaluation", "quantization"},
+    "__init__": {"checkpoint"},
+}
+"""room -> the rooms that it may import; techniques never import each other."""
+
+
+def imports_of(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hfshrink"):
+            names = [node.module] if node.module != "hfshrink" else [f"hfshrink.{alias.name}" for alias in node.names]
+            yield from (name.split(".")[1] for name in names if "." in name)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("hfshrink."))
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_rooms_import_only_what_lies_below(file):
+    room = file.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert set(imports_of(file)) - {room} <= MAY_IMPORT[room]
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_stay_small(file):
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= 350
+    if file.name == "__init__.py" and file.parent != ROOT:
+        assert text.count("\n") <= 25
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            assert not body or body[-1].end_lineno - body[0].lineno < 40, node.name
+
+
+def test_public_names():
+    assert hfshrink.__all__ == [
+        "CompressionReport",
+        "DistillationMixin",
+        "DistillationTrainer",
+        "HfshrinkError",
+        "LogitLoss",
+        "compare",
+        "evaluate",
+        "load",
+        "make_student",
+        "model_card",
+        "profile",
+        "quantize",
+        "report",
+        "to_dense",
+    ]
+    assert all(callable(getattr(hfshrink, name)) for name in hfshrink.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'shrink_everything'"):
+        hfshrink.shrink_everything  # noqa: B018
+
+
+def test_no_public_name_is_a_submodules_name():
+    modules = {name.rpartition(".")[2] for _, name, _ in pkgutil.walk_packages([str(ROOT)], "hfshrink.")}
+    public = set(hfshrink.__all__)
+    for room in ("distillation", "evaluation", "quantization", "cards", "layers"):
+        public |= set(import_module(f"hfshrink.{room}").__all__)
+    assert not modules & public
+
+
+@pytest.mark.parametrize("name", hfshrink.__all__)
+def test_public_names_are_documented(name):
+    assert len((getattr(hfshrink, name).__doc__ or "").strip()) > 40
+
+
+def test_pickle_is_nowhere():
+    for file in ROOT.rglob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names}
+        assert not names & {"pickle", "dill", "joblib", "cloudpickle"}
+
+
+@pytest.mark.slow
+def test_import_is_lean():
+    """`import hfshrink` costs little more than the registration that it needs, and pulls in no optional package."""
+    code = (
+        "import sys, time; import {before}; start = time.process_time(); import {after}; took = time.process_time() - start;"
+        "heavy = [m for m in ('datasets', 'evaluate', 'onnx', 'onnxruntime', 'bitsandbytes', 'sklearn', 'scipy', 'optuna',"
+        "'matplotlib', 'pandas', 'typer', 'jinja2', 'optimum', 'transformers.trainer') if m in sys.modules];"
+        "print(took, heavy)"
+    )
+    needed = "transformers.quantizers.auto"
+
+    def run(before, after):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(before=before, after=after)], capture_output=True, text=True, check=True
+        )
+        took, _, heavy = done.stdout.strip().partition(" ")
+        return float(took), heavy
+
+    bare, before_us = run("sys", needed)
+    extra, with_us = run(needed, "hfshrink")
+    assert extra <= 0.15 * bare
+    assert with_us == before_us
