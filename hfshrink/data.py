@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.labels import IGNORED, LABEL_COLUMNS, find_label_column, first_piece_labels, model_labels
 from hfshrink.modules import accepted_inputs, max_positions
-from hfshrink.progress import progress
 from hfshrink.record import config_of
+from hfshrink.terminal import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+DEFAULT_IMAGE_SIZE = 224  # pixels; convolutional networks take any size and their configs name none
 INPUT_COLUMNS = ("input_ids", "pixel_values")
-LABEL_COLUMNS = ("labels", "label", "label_ids", "ner_tags", "tags")
-IGNORED = -100  # label id of positions that take no part in a loss or a metric
 
 
 def read_dataset(data: Any, split: str | None = None) -> Dataset:
@@ -179,10 +179,10 @@ def random_inputs(
     names = input_names(model, processor)
     inputs = {}
     if "pixel_values" in names:
-        size = config.image_size
+        size = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
         height, width = (size, size) if isinstance(size, int) else size
         inputs["pixel_values"] = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
-    if length is None:
+    if length is None or "input_ids" not in names:
         return inputs
     words = torch.randint(config.get_text_config().vocab_size, (batch_size, length), generator=generator)
     mask = torch.ones_like(words)
@@ -223,60 +223,6 @@ def row_lengths(encoded: Dataset) -> list[int]:
     return [int(n) for n in pc.list_value_length(column).to_pylist()]
 
 
-def find_label_column(dataset: Dataset, label_column: str | None = None) -> str | None:
-    """The name of the label column, None where there is none.
-
-    Raises:
-        SettingError: The named column does not exist.
-    """
-    if label_column is not None:
-        if label_column not in dataset.column_names:
-            raise SettingError(
-                f"There is no column {label_column!r}; the data set has {', '.join(dataset.column_names)}."
-            )
-        return label_column
-    return next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
-
-
-def model_labels(dataset: Dataset, column: str, model: Any) -> list[Any]:
-    """The labels of a data set as the model's label ids (class numbers, or what the column holds for other heads).
-
-    Names, where the data set has them (strings or `ClassLabel`), decide over numbers.
-
-    Raises:
-        SettingError: A missing label, a name or number that the model does not have.
-    """
-    import datasets
-
-    values = dataset.with_format(None)[column]
-    values = list(values)
-    if any(value is None for value in values):
-        raise SettingError(f"The column {column!r} has a row without label (None). Filter those rows out.")
-    feature = dataset.features[column]
-    inner = getattr(feature, "feature", feature)
-    flat = _flatten(values)
-    config: Any = config_of(model)
-    if isinstance(inner, datasets.ClassLabel):
-        mapping = _name_mapping(inner.names, config)
-        return [_map(value, mapping) for value in values]
-    if flat and all(isinstance(value, str) for value in flat):
-        known = {str(name).casefold(): index for name, index in config.label2id.items()}
-        missing = sorted({value for value in flat if value.casefold() not in known})
-        if missing:
-            raise SettingError(f"The labels {missing[:5]} in {column!r} are not among the model's: {config.label2id}.")
-        return [_map(value, {name: known[name.casefold()] for name in set(flat)}) for value in values]
-    return values
-
-
-def check_class_labels(labels: Sequence[Any], num_labels: int) -> None:
-    """Raise `SettingError` where a class number lies outside 0..num_labels-1 (ignored positions are fine)."""
-    bad = sorted({value for value in _flatten(labels) if value != IGNORED and not 0 <= value < num_labels})
-    if bad:
-        raise SettingError(
-            f"Labels must lie in 0..{num_labels - 1} for this model, got {bad[:5]}. Is it the right data set?"
-        )
-
-
 def _read_by_name(name: str, split: str | None) -> Any:
     import datasets
 
@@ -287,25 +233,6 @@ def _read_by_name(name: str, split: str | None) -> Any:
             f"Can't read the data set {name!r}: {error}. Give a folder that save_to_disk wrote, or check the name "
             f"and the network."
         ) from error
-
-
-def _name_mapping(names: Sequence[str], config: Any) -> dict[int, int]:
-    known = {str(name).casefold(): index for name, index in config.label2id.items()}
-    unnamed = all(name == f"LABEL_{index}" for name, index in config.label2id.items())
-    if unnamed and len(names) == len(known):
-        return {index: index for index in range(len(names))}
-    missing = [name for name in names if name.casefold() not in known]
-    if missing:
-        raise SettingError(f"The data set's labels {missing[:5]} are not among the model's: {config.label2id}.")
-    return {index: known[name.casefold()] for index, name in enumerate(names)}
-
-
-def _map(value: Any, mapping: Mapping[Any, int]) -> Any:
-    return [_map(item, mapping) for item in value] if isinstance(value, list) else mapping.get(value, value)
-
-
-def _flatten(values: Sequence[Any]) -> list[Any]:
-    return [item for value in values for item in (_flatten(value) if isinstance(value, list | tuple) else [value])]
 
 
 def _encode_images(dataset: Dataset, processor: Any) -> Dataset:
@@ -384,19 +311,6 @@ def _encode_text(
         if labels is not None:
             labels = [first_piece_labels(ids, row) for ids, row in zip(word_ids, labels, strict=True)]
     return encoded, labels
-
-
-def first_piece_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
-    """Labels per token: each word's label on its first piece, -100 on further pieces and special tokens.
-
-    Example:
-        >>> first_piece_labels([None, 0, 0, 1, None], [7, 8])
-        [-100, 7, -100, 8, -100]
-    """
-    before = [None, *word_ids[:-1]]
-    return [
-        IGNORED if word is None or word == last else labels[word] for word, last in zip(word_ids, before, strict=True)
-    ]
 
 
 def _pad_value(name: str, model: Any, processor: Any) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
-from hfshrink.record import config_of, read_config
+from hfshrink.record import config_of
+from hfshrink.saving import read_config
 
 TASKS = {
     "text-classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),

@@ -9,123 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.measurement import Latency, Measurement, Score, megabytes
+from hfshrink.saving import read_config, write_text
+from hfshrink.terminal import table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FORMAT_VERSION = 1
 MAX_STEPS = 1000  # a record from elsewhere that claims more is refused
-MAX_CONFIG_BYTES = 64 * 2**20
 PACKAGES = ("hfshrink", "transformers", "torch", "datasets", "onnx", "onnxruntime", "bitsandbytes")
-COMPUTED = frozenset({"parameters", "nonzero_parameters", "macs", "memory_bytes"})
-"""Fields of `Measurement` that are counted from tensors and shapes; all others are measured by running."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric on one data set, with its 95 % interval where one was computed."""
-
-    metric: str
-    value: float | None = None  # None where it is undefined, such as the correlation with a constant
-    low: float | None = None
-    high: float | None = None
-    dataset: str | None = None
-    split: str | None = None
-    examples: int | None = None
-    seed: int | None = None
-
-    def __str__(self) -> str:
-        if self.value is None:
-            return "undefined"
-        interval = "" if self.low is None or self.high is None else f" [{self.low:.4f}, {self.high:.4f}]"
-        return f"{self.value:.4f}{interval}"
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Time of one forward pass of a batch, in milliseconds.
-
-    Wall clock (p50, p95) and CPU time of the whole process.
-    """
-
-    latency_ms_p50: float
-    latency_ms_p95: float
-    cpu_ms: float
-    runtime: str
-    device: str
-    threads: int
-    batch_size: int
-    sequence_length: int | None
-    repeats: int
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Sizes, times and scores of one model. `None` and the empty tuple mean "not measured", never zero.
-
-    Attributes:
-        parameters: Number of parameters, tied ones once (computed).
-        nonzero_parameters: Parameters that are not exactly zero (computed).
-        size_bytes: Bytes of the weight files on disk (measured).
-        packed_bytes: Bytes after entropy coding (measured).
-        memory_bytes: Bytes of the loaded parameters and buffers (computed).
-        loaded_bytes: Growth of the process's resident memory by loading the model (measured).
-        peak_memory_bytes: Highest growth of resident memory during loading and one forward pass (measured).
-        macs: Multiply-accumulate operations of one example at `sequence_length` (computed).
-        energy_joules: Energy of one forward pass of one example, where the machine has a counter (measured).
-        sequence_length: Tokens per example for `macs` and `energy_joules`; None for images.
-        latency: One `Latency` per batch size and runtime (measured).
-        scores: One `Score` per metric (measured).
-        device: The processor's name.
-    """
-
-    parameters: int | None = None
-    nonzero_parameters: int | None = None
-    size_bytes: int | None = None
-    packed_bytes: int | None = None
-    memory_bytes: int | None = None
-    loaded_bytes: int | None = None
-    peak_memory_bytes: int | None = None
-    macs: int | None = None
-    energy_joules: float | None = None
-    sequence_length: int | None = None
-    latency: tuple[Latency, ...] = ()
-    scores: tuple[Score, ...] = ()
-    device: str | None = None
-
-    def merged(self, other: Measurement) -> Measurement:
-        """This measurement with every field that `other` has measured taken from `other`."""
-        known = {f.name: getattr(other, f.name) for f in dataclasses.fields(other)}
-        return dataclasses.replace(self, **{name: value for name, value in known.items() if value not in (None, ())})
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(what, value, measured or computed) of all that is known, for a table."""
-        found = []
-        for name, show in _SHOWN.items():
-            value = getattr(self, name)
-            if value is not None:
-                found.append((name, show(value), "computed" if name in COMPUTED else "measured"))
-        for latency in self.latency:
-            setting = f"batch {latency.batch_size}"
-            if latency.sequence_length is not None:
-                setting += f", {latency.sequence_length} tokens"
-            setting += f", {latency.threads} thread{'s' * (latency.threads != 1)}, {latency.runtime}"
-            times = f"{latency.latency_ms_p50:.2f} / {latency.latency_ms_p95:.2f} / {latency.cpu_ms:.2f} ms"
-            found.append((f"p50 / p95 / CPU ({setting})", times, "measured"))
-        found.extend((score.metric, str(score), "measured") for score in self.scores)
-        return found
-
-    def __str__(self) -> str:
-        return table(("what", "value", "how"), self.rows())
 
 
 @dataclass(frozen=True)
@@ -238,7 +137,7 @@ class CompressionReport:
                     step.technique,
                     step.method,
                     _change(step.before.parameters, step.after.parameters, lambda n: f"{n:,}"),
-                    _change(step.before.size_bytes, step.after.size_bytes, _megabytes),
+                    _change(step.before.size_bytes, step.after.size_bytes, megabytes),
                     "" if step.seconds is None else f"{step.seconds:.1f}",
                 )
                 for step in self.steps
@@ -320,52 +219,6 @@ def model_name(model: Any) -> str | None:
     return (Path(name).name if Path(name).is_absolute() or Path(name).exists() else name) or None
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The `config.json` of a folder, or of a Hub id.
-
-    Raises:
-        CheckpointError: There is none, it is too large, or it is no JSON object.
-    """
-    path = Path(folder) / "config.json"
-    if not Path(folder).is_dir():
-        from transformers.utils.hub import cached_file
-
-        try:
-            path = Path(cached_file(str(folder), "config.json") or "")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{str(folder)!r} is no folder, and no model of that name can be read: {error}"
-            ) from None
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is no model: it has no config.json. Give the folder that save_pretrained wrote."
-        )
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{path} can't be read as JSON ({error}): the folder is half-written or corrupt."
-        ) from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a {type(config).__name__}, expected a JSON object.")
-    return config
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside and move it into place, so that nobody ever sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide a result."""
     found = {}
@@ -375,42 +228,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """An aligned Markdown table, as good to read in a terminal as on a page; pipes in cells are escaped.
-
-    Example:
-        >>> print(table(("model", "MB"), [("teacher", "90.9")]))
-        | model   | MB   |
-        |---------|------|
-        | teacher | 90.9 |
-    """
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
-
-
-_SHOWN: dict[str, Callable[[Any], str]] = {
-    "parameters": lambda n: f"{n:,}",
-    "nonzero_parameters": lambda n: f"{n:,}",
-    "size_bytes": _megabytes,
-    "packed_bytes": _megabytes,
-    "memory_bytes": _megabytes,
-    "loaded_bytes": _megabytes,
-    "peak_memory_bytes": _megabytes,
-    "macs": lambda n: f"{n / 1e6:,.1f} M",
-    "energy_joules": lambda joules: f"{joules:.3f} J",
-    "device": str,
-}
 
 
 def _change(before: Any, after: Any, show: Any) -> str:

@@ -1,17 +1,22 @@
-"""Writing a folder so that nobody ever sees half of it."""
+"""Files: reading a config with bounds, writing a folder or a file so that nobody ever sees half of it."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import json
+import os
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from hfshrink.errors import CheckpointError
 
+MAX_CONFIG_BYTES = 64 * 2**20  # a larger config.json is no config
 LEFTOVER_SECONDS = 24 * 3600  # what a killed run left is removed after a day: until then it may be alive
 
 
@@ -103,3 +108,49 @@ def _move_into_place(aside: Path, target: Path, overwrite: bool) -> None:
         replaced.rename(target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The `config.json` of a folder, or of a Hub id.
+
+    Raises:
+        CheckpointError: There is none, it is too large, or it is no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if not Path(folder).is_dir():
+        from transformers.utils.hub import cached_file
+
+        try:
+            path = Path(cached_file(str(folder), "config.json") or "")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{str(folder)!r} is no folder, and no model of that name can be read: {error}"
+            ) from None
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} is no model: it has no config.json. Give the folder that save_pretrained wrote."
+        )
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path} can't be read as JSON ({error}): the folder is half-written or corrupt."
+        ) from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a {type(config).__name__}, expected a JSON object.")
+    return config
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file aside and move it into place, so that nobody ever sees half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -12,22 +12,25 @@ import pytest
 import hfshrink
 
 ROOT = Path(hfshrink.__file__).parent
-GROUND = {"errors", "record", "progress", "saving", "modules", "loading", "data", "calibration", "layers", "checkpoint"}
+GROUND = {"errors", "terminal", "measurement", "record", "saving", "modules", "loading", "labels", "data"}
+GROUND |= {"calibration", "layers", "checkpoint"}
 MAY_IMPORT = {
     "errors": set(),
-    "progress": set(),
-    "record": {"errors"},
+    "terminal": set(),
+    "measurement": {"terminal"},
     "saving": {"errors"},
+    "record": {"errors", "measurement", "saving", "terminal"},
     "modules": {"errors", "record"},
     "layers": {"errors"},
-    "loading": {"errors", "modules", "record"},
-    "data": {"errors", "modules", "progress", "record"},
+    "loading": {"errors", "modules", "record", "saving"},
+    "labels": {"errors", "record"},
+    "data": {"errors", "labels", "modules", "record", "terminal"},
     "calibration": {"data", "errors", "loading", "modules", "record"},
-    "checkpoint": {"errors", "layers", "loading", "modules", "record", "saving"},
-    "evaluation": {"data", "errors", "loading", "modules", "progress", "record"},
+    "checkpoint": {"errors", "layers", "loading", "measurement", "modules", "record", "saving"},
+    "evaluation": GROUND - {"calibration", "layers", "checkpoint"},
     "distillation": GROUND | {"evaluation"},
     "quantization": GROUND | {"evaluation"},
-    "cards": {"errors", "loading", "record"},
+    "cards": {"errors", "loading", "measurement", "record", "terminal"},
     "cli": GROUND | {"cards", "distillation", "evaluation", "quantization"},
     "__init__": {"checkpoint"},
 }

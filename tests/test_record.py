@@ -7,7 +7,9 @@ import tiny
 
 from hfshrink import CompressionReport, report
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.record import Latency, Measurement, Score, StepRecord, append_step, comparison_table, model_name, table
+from hfshrink.measurement import Latency, Measurement, Score
+from hfshrink.record import StepRecord, append_step, comparison_table, model_name
+from hfshrink.terminal import table
 
 
 def full_report():

@@ -7,8 +7,9 @@ from importlib import resources
 from typing import Any
 
 from hfshrink.errors import SettingError
-from hfshrink.record import CompressionReport, comparison_table, table
+from hfshrink.record import CompressionReport, comparison_table
 from hfshrink.record import report as read_report
+from hfshrink.terminal import table
 
 TAGS = {"make_student": "distillation", "distill": "distillation", "quantize": "quantized"}
 """technique -> the Hub's tag for it."""

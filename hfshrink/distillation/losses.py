@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfshrink.data import IGNORED
+from hfshrink.labels import IGNORED
 from hfshrink.errors import SettingError
 
 TOKEN_HEADS = ("tokens", "causal_tokens")

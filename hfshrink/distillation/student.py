@@ -12,7 +12,8 @@ import torch
 from hfshrink.errors import SettingError
 from hfshrink.loading import infer_task, load
 from hfshrink.modules import count_parameters, layer_stack
-from hfshrink.record import Measurement, StepRecord, append_step, model_name
+from hfshrink.measurement import Measurement
+from hfshrink.record import StepRecord, append_step, model_name
 
 
 def make_student(teacher: Any, num_layers: int | None = None, *, layers: Sequence[int] | None = None) -> Any:

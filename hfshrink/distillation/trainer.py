@@ -25,7 +25,8 @@ from hfshrink.distillation.teacher import (
 from hfshrink.errors import SettingError
 from hfshrink.loading import infer_task
 from hfshrink.modules import accepted_inputs, count_parameters
-from hfshrink.record import Measurement, StepRecord, append_step, config_of, model_name
+from hfshrink.measurement import Measurement
+from hfshrink.record import StepRecord, append_step, config_of, model_name
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 
@@ -52,9 +53,9 @@ class DistillationMixin(_Trainer):
             at all, or an empty data set.
     """
 
-    loss_is_scaled_for_ga: bool | None = (
-        True  # each part is divided by the items of the accumulated batch, so the Trainer must not
-    )
+    # Each part is divided by the items of the accumulated batch here, so the Trainer must not divide again.
+    loss_is_scaled_for_ga: bool | None = True
+    _signature_columns: Any
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ from hfshrink.errors import SettingError
 from hfshrink.evaluation.bootstrap import expected_calibration_error, mcnemar_p, percentile_interval, resample_values
 from hfshrink.evaluation.scoring import Evaluation, dataset_name, evaluate_loaded
 from hfshrink.loading import load
-from hfshrink.record import Score, table
+from hfshrink.measurement import Score
+from hfshrink.terminal import table
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def _import_model_code(folder: str) -> None:
     import transformers
 
     from hfshrink.loading import EXPORT_MANIFEST
-    from hfshrink.record import read_config
+    from hfshrink.saving import read_config
 
     if (Path(folder) / EXPORT_MANIFEST).is_file():
         importlib.import_module("transformers.exporters")

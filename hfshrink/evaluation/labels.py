@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfshrink.data import IGNORED, check_class_labels, find_label_column
 from hfshrink.errors import SettingError
+from hfshrink.labels import IGNORED, check_class_labels, find_label_column
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from hfshrink.data import IGNORED, batches, check_class_labels
+from hfshrink.data import batches
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation.spans import best_span
+from hfshrink.labels import IGNORED, check_class_labels
 from hfshrink.modules import accepted_inputs
 from hfshrink.record import config_of
 

@@ -25,8 +25,8 @@ from hfshrink.evaluation.inputs import random_inputs
 from hfshrink.evaluation.machine import processor_name, read_energy
 from hfshrink.evaluation.prediction import eval_mode
 from hfshrink.loading import EXPORT_MANIFEST, load
+from hfshrink.measurement import Latency, Measurement
 from hfshrink.modules import count_parameters
-from hfshrink.record import Latency, Measurement
 
 logger = logging.getLogger(__name__)
 

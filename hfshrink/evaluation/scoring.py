@@ -31,7 +31,9 @@ from hfshrink.evaluation.prediction import (
 from hfshrink.evaluation.spans import read_answers, split_windows
 from hfshrink.evaluation.tags import tag_counts
 from hfshrink.loading import infer_task, load
-from hfshrink.record import Measurement, Score, config_of, table
+from hfshrink.measurement import Measurement, Score
+from hfshrink.record import config_of
+from hfshrink.terminal import table
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.layers.common import copied, dense_linear, empty_parameter, read_spec

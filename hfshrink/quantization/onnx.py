@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfshrink.calibration import batches
 from hfshrink.data import random_inputs
@@ -97,7 +97,8 @@ def quantize_dynamic(
         per_channel=True,
         reduce_range=reduce_range,
         weight_type=QuantType.QInt8,
-        nodes_to_exclude=excluded,
+        # ONNX Runtime turns each Gemm into a MatMul under this name before it looks at the list
+        nodes_to_exclude=[*excluded, *(f"{name}_MatMul" for name in excluded)],
     )
     with _quiet():
         program = OnnxRuntimeQuantizer(config).quantize(component.program, {}, exported.export_format)

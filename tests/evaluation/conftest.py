@@ -3,8 +3,9 @@
 import datasets
 import numpy as np
 import pytest
-import tiny
 import torch
+
+import tiny
 
 
 @pytest.fixture(autouse=True)

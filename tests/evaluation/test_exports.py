@@ -4,8 +4,8 @@ import copy
 
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation import compare, evaluate, measure_latencies, profile
 from hfshrink.evaluation.inputs import random_inputs

@@ -3,16 +3,16 @@
 import random
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation import measure_latencies, profile
 from hfshrink.evaluation.footprint import measure_footprint
 from hfshrink.evaluation.inputs import image_shape, random_inputs
 from hfshrink.evaluation.machine import processor_name, read_energy
 from hfshrink.evaluation.profiling import count_macs, weight_bytes
-from hfshrink.record import Measurement
+from hfshrink.measurement import Measurement
 
 
 def bert_macs(tokens, hidden=16, inner=24, layers=2, labels=2):

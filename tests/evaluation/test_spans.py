@@ -3,8 +3,8 @@
 import datasets
 import numpy as np
 import pytest
-import tiny
 
+import tiny
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation import spans
 

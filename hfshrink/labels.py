@@ -1,0 +1,101 @@
+"""Labels: find their column, and put them into the model's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hfshrink.errors import SettingError
+from hfshrink.record import config_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LABEL_COLUMNS = ("labels", "label", "label_ids", "ner_tags", "tags")
+IGNORED = -100  # label id of positions that take no part in a loss or a metric
+
+
+def find_label_column(dataset: Dataset, label_column: str | None = None) -> str | None:
+    """The name of the label column, None where there is none.
+
+    Raises:
+        SettingError: The named column does not exist.
+    """
+    if label_column is not None:
+        if label_column not in dataset.column_names:
+            raise SettingError(
+                f"There is no column {label_column!r}; the data set has {', '.join(dataset.column_names)}."
+            )
+        return label_column
+    return next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
+
+
+def model_labels(dataset: Dataset, column: str, model: Any) -> list[Any]:
+    """The labels of a data set as the model's label ids (class numbers, or what the column holds for other heads).
+
+    Names, where the data set has them (strings or `ClassLabel`), decide over numbers.
+
+    Raises:
+        SettingError: A missing label, a name or number that the model does not have.
+    """
+    import datasets
+
+    values = dataset.with_format(None)[column]
+    values = list(values)
+    if any(value is None for value in values):
+        raise SettingError(f"The column {column!r} has a row without label (None). Filter those rows out.")
+    feature = dataset.features[column]
+    inner = getattr(feature, "feature", feature)
+    flat = _flatten(values)
+    config: Any = config_of(model)
+    if isinstance(inner, datasets.ClassLabel):
+        mapping = _name_mapping(inner.names, config)
+        return [_map(value, mapping) for value in values]
+    if flat and all(isinstance(value, str) for value in flat):
+        known = {str(name).casefold(): index for name, index in config.label2id.items()}
+        missing = sorted({value for value in flat if value.casefold() not in known})
+        if missing:
+            raise SettingError(f"The labels {missing[:5]} in {column!r} are not among the model's: {config.label2id}.")
+        return [_map(value, {name: known[name.casefold()] for name in set(flat)}) for value in values]
+    return values
+
+
+def check_class_labels(labels: Sequence[Any], num_labels: int) -> None:
+    """Raise `SettingError` where a class number lies outside 0..num_labels-1 (ignored positions are fine)."""
+    bad = sorted({value for value in _flatten(labels) if value != IGNORED and not 0 <= value < num_labels})
+    if bad:
+        raise SettingError(
+            f"Labels must lie in 0..{num_labels - 1} for this model, got {bad[:5]}. Is it the right data set?"
+        )
+
+
+def _name_mapping(names: Sequence[str], config: Any) -> dict[int, int]:
+    known = {str(name).casefold(): index for name, index in config.label2id.items()}
+    unnamed = all(name == f"LABEL_{index}" for name, index in config.label2id.items())
+    if unnamed and len(names) == len(known):
+        return {index: index for index in range(len(names))}
+    missing = [name for name in names if name.casefold() not in known]
+    if missing:
+        raise SettingError(f"The data set's labels {missing[:5]} are not among the model's: {config.label2id}.")
+    return {index: known[name.casefold()] for index, name in enumerate(names)}
+
+
+def _map(value: Any, mapping: Mapping[Any, int]) -> Any:
+    return [_map(item, mapping) for item in value] if isinstance(value, list) else mapping.get(value, value)
+
+
+def _flatten(values: Sequence[Any]) -> list[Any]:
+    return [item for value in values for item in (_flatten(value) if isinstance(value, list | tuple) else [value])]
+
+
+def first_piece_labels(word_ids: Sequence[int | None], labels: Sequence[int]) -> list[int]:
+    """Labels per token: each word's label on its first piece, -100 on further pieces and special tokens.
+
+    Example:
+        >>> first_piece_labels([None, 0, 0, 1, None], [7, 8])
+        [-100, 7, -100, 8, -100]
+    """
+    before = [None, *word_ids[:-1]]
+    return [
+        IGNORED if word is None or word == last else labels[word] for word, last in zip(word_ids, before, strict=True)
+    ]
