@@ -1,7 +1,7 @@
 """The main job on real input: fine-tune a teacher, distil a student, quantize it, measure all of them, write the card.
 
-`make demo` runs it (12 minutes on 2 cores, 8 when the teacher is cached); `make demo ARGS=--quick` takes 2 minutes and proves
-only that everything works. Models, card, table and plot are written to `--output` (default: runs/quickstart).
+`make demo` runs it (12 minutes on 2 cores, 8 when the teacher is cached); `make demo ARGS=--quick` takes 2 minutes and
+proves only that everything works. Models, card, table and plot are written to `--output` (default: runs/quickstart).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 import warnings
 from pathlib import Path
 
-import assets
 import matplotlib
 import transformers
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, TrainingArguments
 
+import assets
 import hfshrink
 from hfshrink.distillation import add_teacher_logits
 from hfshrink.evaluation import Evaluation, measure_latencies
@@ -47,7 +47,9 @@ def train(model, rows, tokenizer, seed, trainer=transformers.Trainer, **settings
         **settings,
     )
     collator = DataCollatorWithPadding(tokenizer)
-    trainer(model, args, train_dataset=rows, data_collator=collator, processing_class=tokenizer, **distillation).train()
+    trainer(
+        model, args, train_dataset=rows, data_collator=collator, processing_class=tokenizer, **distillation
+    ).train()
     return model.eval()
 
 
@@ -64,7 +66,10 @@ def fine_tuned_teacher(tokenizer, rows, seed, cache):
 
 
 def students(teacher, tokenizer, rows, seed):
-    """The same student, trained on the labels alone and with the teacher's logits besides; equal steps and settings."""
+    """The same student, trained on the labels alone and with the teacher's logits besides.
+
+    Equal steps and settings.
+    """
     plain = hfshrink.make_student(teacher, layers=LAYERS)
     train(plain, rows, tokenizer, seed, **STUDENT)
     distilled = hfshrink.make_student(teacher, layers=LAYERS)
@@ -113,9 +118,15 @@ def plot(rows, path):
     for name, m in rows.items():
         size, score, cpu = m.size_bytes / 1e6, m.scores[0], m.latency[0].cpu_ms
         points = axes.scatter(size, score.value, s=12 * cpu, alpha=0.5)
-        axes.errorbar(size, score.value, [[score.value - score.low], [score.high - score.value]], c=points.get_facecolor()[0])
-        axes.annotate(f"{name}\n{cpu:.1f} ms", (size, score.value), xytext=(8, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="file size (MB)", ylabel="accuracy", title="Movie reviews, 2,000 test rows; bubble: CPU ms, 1 thread")
+        axes.errorbar(
+            size, score.value, [[score.value - score.low], [score.high - score.value]], c=points.get_facecolor()[0]
+        )
+        axes.annotate(
+            f"{name}\n{cpu:.1f} ms", (size, score.value), xytext=(8, 4), textcoords="offset points", fontsize=8
+        )
+    axes.set(
+        xlabel="file size (MB)", ylabel="accuracy", title="Movie reviews, 2,000 test rows; bubble: CPU ms, 1 thread"
+    )
     axes.margins(x=0.25, y=0.25)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -123,8 +134,12 @@ def plot(rows, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few rows and one epoch: shows that it works, not how well")
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder for models, card and plot")
+    parser.add_argument(
+        "--quick", action="store_true", help="few rows and one epoch: shows that it works, not how well"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="folder for models, card and plot"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.perf_counter()
@@ -152,7 +167,11 @@ def main():
     hfshrink.quantize(cache, "onnx-fp32", output_dir=output / "teacher-onnx", overwrite=True)
     folders["student, distilled, int8"] = output / "int8"
     hfshrink.quantize(
-        output / "distilled", "onnx-int8", output_dir=output / "int8", calibration=reviews["validation"], overwrite=True
+        output / "distilled",
+        "onnx-int8",
+        output_dir=output / "int8",
+        calibration=reviews["validation"],
+        overwrite=True,
     )
     print("measure on the test rows …", flush=True)
     found: dict[str, tuple[Evaluation, Measurement]] = measured(folders, reviews["test"])
@@ -163,8 +182,10 @@ def main():
 def report_and_card(found, output):
     """The table, the plot, the paired comparison, and the card from the record."""
     measurements = {name: m for name, (_, m) in found.items()}
-    fp32 = {name: measurements["teacher, ONNX fp32" if m.latency[0].runtime == "onnxruntime" else "teacher"]
-            for name, m in measurements.items()}
+    fp32 = {
+        name: measurements["teacher, ONNX fp32" if m.latency[0].runtime == "onnxruntime" else "teacher"]
+        for name, m in measurements.items()
+    }
     text = table(HEADER, [row(name, m, fp32[name]) for name, m in measurements.items()])
     print(f"\n{text}\n\nCPU ms: batch 1, {LENGTH} tokens, 1 thread, variants interleaved.\n")
     for name, other in (("student, labels only", "student, distilled"), ("teacher", "student, distilled, int8")):

@@ -27,8 +27,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.layers import LAYER_KINDS, CompressedLayer, ResizedLinear, empty_layer
-from hfshrink.modules import count_parameters, replace_module
 from hfshrink.measurement import Measurement
+from hfshrink.modules import count_parameters, replace_module
 from hfshrink.record import StepRecord, append_step, config_of
 from hfshrink.saving import save_aside as save_aside  # for writers of checkpoints
 

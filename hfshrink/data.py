@@ -13,14 +13,13 @@ import torch
 
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.labels import IGNORED, LABEL_COLUMNS, find_label_column, first_piece_labels, model_labels
-from hfshrink.modules import accepted_inputs, max_positions
+from hfshrink.modules import max_positions
 from hfshrink.record import config_of
 from hfshrink.terminal import progress
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-DEFAULT_IMAGE_SIZE = 224  # pixels; convolutional networks take any size and their configs name none
 INPUT_COLUMNS = ("input_ids", "pixel_values")
 
 
@@ -156,63 +155,6 @@ def collate(columns: Mapping[str, Sequence[Any]], model: Any, processor: Any = N
         mask = [torch.ones(len(row), dtype=torch.long) for row in columns["input_ids"]]
         tensors["attention_mask"] = collate({"attention_mask": mask}, model, processor)["attention_mask"]
     return tensors
-
-
-def random_inputs(
-    model: Any, processor: Any = None, *, batch_size: int, length: int | None = None, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Seeded random inputs, for tracing, timing and checking without data.
-
-    Args:
-        model: A model or export.
-        processor: Its tokenizer or image processor; it decides which inputs there are. None takes all of the family's.
-        batch_size: Rows.
-        length: Tokens per row; None for images, whose size the config tells.
-        seed: Of the ids and pixels; the caller's random state stays as it was.
-
-    Returns:
-        name -> tensor: token ids of shape (batch_size, length), of which the last row is half padding and each row's
-        second half is a second sentence, or `pixel_values` of shape (batch_size, channels, height, width).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    config = config_of(model)
-    names = input_names(model, processor)
-    inputs = {}
-    if "pixel_values" in names:
-        size = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
-        height, width = (size, size) if isinstance(size, int) else size
-        inputs["pixel_values"] = torch.randn(batch_size, config.num_channels, height, width, generator=generator)
-    if length is None or "input_ids" not in names:
-        return inputs
-    words = torch.randint(config.get_text_config().vocab_size, (batch_size, length), generator=generator)
-    mask = torch.ones_like(words)
-    if batch_size > 1:
-        mask[-1, (length + 1) // 2 :] = 0
-    second = (torch.arange(length) >= length // 2).long().expand(batch_size, length).contiguous()
-    made = {
-        "input_ids": words,
-        "attention_mask": mask,
-        "token_type_ids": second.clamp(max=getattr(config, "type_vocab_size", 1) - 1),
-        "decoder_input_ids": words,
-    }
-    return inputs | {name: value for name, value in made.items() if name in names}
-
-
-def input_names(model: Any, processor: Any = None) -> set[str]:
-    """Names of the inputs that a tokenizer or image processor makes and the model takes.
-
-    An export tells what it was traced with.
-    """
-    if not isinstance(model, torch.nn.Module):
-        return {name for component in model.components.values() for name in component.metadata.kwargs}
-    config = config_of(model)
-    family = {"input_ids", "attention_mask", "token_type_ids", "pixel_values"}
-    names = set(getattr(getattr(processor, "tokenizer", processor), "model_input_names", family)) & accepted_inputs(
-        model
-    )
-    if getattr(config, "is_encoder_decoder", False):
-        names.add("decoder_input_ids")
-    return names
 
 
 def row_lengths(encoded: Dataset) -> list[int]:

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import tiny
 import transformers
 
+import tiny
 from hfshrink import load
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.loading import TASKS, infer_task

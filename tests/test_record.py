@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import tiny
 
+import tiny
 from hfshrink import CompressionReport, report
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.measurement import Latency, Measurement, Score
@@ -17,7 +17,9 @@ def full_report():
     score = Score("accuracy", 0.84, 0.82, 0.86, "reviews", "test", 2000, 0)
     before = Measurement(parameters=10, nonzero_parameters=9, size_bytes=40_000_000, scores=(score,))
     after = Measurement(parameters=5, size_bytes=10_000_000, latency=(latency,), scores=(score,))
-    step = StepRecord("quantize", "onnx-int8", {"exclude": ["a"]}, before, after, ["x.y"], {"head": "task head"}, seconds=1.0)
+    step = StepRecord(
+        "quantize", "onnx-int8", {"exclude": ["a"]}, before, after, ["x.y"], {"head": "task head"}, seconds=1.0
+    )
     return CompressionReport("some/model", (step,), before, after, {"task": "text-classification"})
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hfshrink.labels import IGNORED
 from hfshrink.errors import SettingError
+from hfshrink.labels import IGNORED
 
 TOKEN_HEADS = ("tokens", "causal_tokens")
 

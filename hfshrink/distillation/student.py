@@ -11,8 +11,8 @@ import torch
 
 from hfshrink.errors import SettingError
 from hfshrink.loading import infer_task, load
-from hfshrink.modules import count_parameters, layer_stack
 from hfshrink.measurement import Measurement
+from hfshrink.modules import count_parameters, layer_stack
 from hfshrink.record import StepRecord, append_step, model_name
 
 

@@ -24,8 +24,8 @@ from hfshrink.distillation.teacher import (
 )
 from hfshrink.errors import SettingError
 from hfshrink.loading import infer_task
-from hfshrink.modules import accepted_inputs, count_parameters
 from hfshrink.measurement import Measurement
+from hfshrink.modules import accepted_inputs, count_parameters
 from hfshrink.record import StepRecord, append_step, config_of, model_name
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
@@ -186,10 +186,10 @@ class DistillationMixin(_Trainer):
 
         A BERT teacher needs the token types that DistilBERT does without.
         """
-        if self._signature_columns is None:
-            super()._set_signature_columns_if_needed()
-            known = list(self._signature_columns)
-            self._signature_columns = known + sorted((self._teacher_inputs | {TEACHER_LOGITS}) - set(known))
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if fresh:
+            self._signature_columns += sorted(self._teacher_inputs | {TEACHER_LOGITS})
 
     # -- scaling: every part is a sum over items, divided by the items of all accumulated batches on all processes
 

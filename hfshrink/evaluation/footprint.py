@@ -25,7 +25,7 @@ def measure_footprint(folder: str, sequence_length: int = 128) -> dict[str, int 
     """
     import torch
 
-    from hfshrink.evaluation.inputs import random_inputs
+    from hfshrink.inputs import random_inputs
     from hfshrink.loading import load
 
     _import_model_code(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from torch import nn
 from hfshrink.data import batches
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation.spans import best_span
+from hfshrink.inputs import eval_mode, model_inputs
 from hfshrink.labels import IGNORED, check_class_labels
-from hfshrink.modules import accepted_inputs
 from hfshrink.record import config_of
 
 if TYPE_CHECKING:
@@ -61,54 +60,6 @@ class Source:
                 with torch.inference_mode():
                     outputs = self.model(**model_inputs(self.model, batch))
                 yield rows, batch, outputs
-
-
-@contextmanager
-def eval_mode(model: Any) -> Iterator[None]:
-    """The model in eval mode; every module's own training flag is put back afterwards. Exports have none."""
-    flags = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        for module, _ in flags:
-            module.training = False
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def input_names(model: Any) -> tuple[list[str], list[str]]:
-    """Names of the inputs that a model or export can take, and of those that it must get.
-
-    Raises:
-        UnsupportedModelError: An export of several graphs, as for generation: it is not called as a whole.
-    """
-    if isinstance(model, nn.Module):
-        return sorted(accepted_inputs(model) - {"labels"}), []
-    if len(model.components) != 1:
-        raise UnsupportedModelError(
-            f"This export has the graphs {', '.join(model.components)} and is no single call. Measure the "
-            "model before its export, or "
-            "export it with OnnxExporter().export."
-        )
-    metadata = next(iter(model.components.values())).metadata
-    return list(metadata.kwargs), [name for name in metadata.kwargs if name not in metadata.in_constants]
-
-
-def model_inputs(model: Any, batch: Batch) -> Batch:
-    """The part of a batch that a model or export takes, on its device.
-
-    Raises:
-        SettingError: An input that an export was traced with is not there.
-    """
-    taken, needed = input_names(model)
-    missing = [name for name in needed if name not in batch]
-    if missing:
-        raise SettingError(
-            f"The export was traced with {', '.join(needed)}; the data set lacks {', '.join(missing)}. "
-            "Encode the rows with the "
-            "tokenizer that the export was made with (model_input_names)."
-        )
-    return {name: tensor.to(model.device) for name, tensor in batch.items() if name in taken}
 
 
 def logits_of(outputs: Any, rows: list[int], name: str = "logits", mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -21,9 +21,8 @@ from torch import nn
 
 import hfshrink
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.evaluation.inputs import random_inputs
 from hfshrink.evaluation.machine import processor_name, read_energy
-from hfshrink.evaluation.prediction import eval_mode
+from hfshrink.inputs import eval_mode, random_inputs
 from hfshrink.loading import EXPORT_MANIFEST, load
 from hfshrink.measurement import Latency, Measurement
 from hfshrink.modules import count_parameters

@@ -19,7 +19,6 @@ from hfshrink.evaluation.measures import LABELS, MACRO, Measure, ratio, resolve_
 from hfshrink.evaluation.prediction import (
     Predictions,
     Source,
-    input_names,
     predict_answers,
     predict_classes,
     predict_features,
@@ -30,6 +29,7 @@ from hfshrink.evaluation.prediction import (
 )
 from hfshrink.evaluation.spans import read_answers, split_windows
 from hfshrink.evaluation.tags import tag_counts
+from hfshrink.inputs import input_names
 from hfshrink.loading import infer_task, load
 from hfshrink.measurement import Measurement, Score
 from hfshrink.record import config_of

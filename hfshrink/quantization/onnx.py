@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hfshrink.calibration import batches
-from hfshrink.data import random_inputs
 from hfshrink.errors import SettingError
+from hfshrink.inputs import eval_mode, random_inputs
 from hfshrink.modules import max_positions
 
 QUANTIZED_OPS = ("MatMul", "Gemm", "Gather")
@@ -50,12 +50,12 @@ def export_float(model: Any, processor: Any = None) -> Any:
     """
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    inputs = random_inputs(model, processor, batch_size=2, length=8)
+    inputs = random_inputs(model, 2, 8, processor, pairs=True)
     axes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in inputs}
     if "pixel_values" in inputs:
         axes["pixel_values"] = {0: torch.export.Dim.AUTO}
     flags: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
-    with _quiet(), _eval_mode(model):
+    with _quiet(), eval_mode(model):
         exported = OnnxExporter().export(model, {**inputs, **flags}, OnnxConfig(dynamic=True, dynamic_shapes=axes))
     exported.config = copy.deepcopy(model.config)  # the exporter hands out the model's own object
     if hasattr(exported.config, "quantization_config"):  # a layer map describes PyTorch modules, not this graph
@@ -133,7 +133,7 @@ def check_parity(model: Any, exported: Any, processor: Any, task: str, calibrati
         source = "calibration rows"
         feed = batches(calibration, model, processor, batch_size=8, samples=PARITY_ROWS)
     traced = exported.components["model"].metadata.kwargs
-    with torch.inference_mode(), _eval_mode(model):
+    with torch.inference_mode(), eval_mode(model):
         for batch in feed:
             inputs = {name: value for name, value in batch.items() if name in traced}
             expected, got = (_first_output(side(**inputs)).float().cpu() for side in (model, exported))
@@ -170,7 +170,7 @@ def supports_vnni() -> bool:
 def _random_feed(model: Any, processor: Any) -> Iterator[dict[str, Tensor]]:
     longest = max_positions(model) or max(RANDOM_LENGTHS)
     for seed, length in enumerate(sorted({min(length, longest) for length in RANDOM_LENGTHS})):
-        yield random_inputs(model, processor, batch_size=seed + 1, length=length, seed=seed)
+        yield random_inputs(model, seed + 1, length, processor, seed, pairs=True)
 
 
 def _weight_nodes(program: Any) -> list[Any]:
@@ -204,16 +204,6 @@ def _real_positions(inputs: dict[str, Any], output: Tensor) -> Any:
     mask: Any = inputs.get("attention_mask")
     per_token = mask is not None and output.dim() >= 2 and output.shape[:2] == mask.shape
     return mask.bool().cpu() if per_token else slice(None)
-
-
-@contextlib.contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from torch import nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError, require
 from hfshrink.loading import infer_task, load
+from hfshrink.measurement import Measurement
 from hfshrink.modules import count_parameters, head_names, select_modules
 from hfshrink.quantization.onnx import check_parity, export_float, quantize_dynamic, supports_vnni
-from hfshrink.measurement import Measurement
 from hfshrink.record import StepRecord, append_step, model_name
 from hfshrink.saving import save_aside
 

@@ -4,9 +4,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from hfshrink import LogitLoss
 from hfshrink.distillation import binary_cross_entropy, kl_divergence, mean_squared_error
 from hfshrink.distillation.losses import loss_mask

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from hfshrink import make_student, report
 from hfshrink.distillation import spread_layers
 from hfshrink.errors import SettingError, UnsupportedModelError

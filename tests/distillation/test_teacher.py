@@ -1,11 +1,11 @@
 """Teacher and student are aligned before training, or an error names both sides."""
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from transformers import BertConfig
 
+import tiny
 from hfshrink.distillation import add_teacher_logits, align, label_order
 from hfshrink.distillation.teacher import head_kind
 from hfshrink.errors import SettingError, UnsupportedModelError

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
+import tiny
 from hfshrink import DistillationMixin, DistillationTrainer, LogitLoss, report
 from hfshrink.distillation import add_teacher_logits, kl_divergence
 from hfshrink.errors import SettingError

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation import compare, evaluate, measure_latencies, profile
-from hfshrink.evaluation.inputs import random_inputs
+from hfshrink.inputs import random_inputs
 
 pytest.importorskip("onnxruntime")
 

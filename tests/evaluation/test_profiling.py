@@ -9,9 +9,9 @@ import tiny
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation import measure_latencies, profile
 from hfshrink.evaluation.footprint import measure_footprint
-from hfshrink.evaluation.inputs import image_shape, random_inputs
 from hfshrink.evaluation.machine import processor_name, read_energy
 from hfshrink.evaluation.profiling import count_macs, weight_bytes
+from hfshrink.inputs import image_shape, random_inputs
 from hfshrink.measurement import Measurement
 
 

@@ -1,24 +1,77 @@
-"""Random inputs of the shape that a model or export takes, for timing and counting."""
+"""What a model or export is fed with.
+
+The names of its inputs, and seeded random ones for tracing, timing and checking.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError
-from hfshrink.evaluation.prediction import input_names
-from hfshrink.modules import max_positions
+from hfshrink.modules import accepted_inputs, max_positions
 from hfshrink.record import config_of
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask")
 DEFAULT_IMAGE_SIZE = 224  # for convolutional models whose config names none
 
 
+def input_names(model: Any) -> tuple[list[str], list[str]]:
+    """Names of the inputs that a model or export can take, and of those that it must get.
+
+    Raises:
+        UnsupportedModelError: An export of several graphs, as for generation: it is not called as a whole.
+    """
+    if isinstance(model, nn.Module):
+        return sorted(accepted_inputs(model) - {"labels"}), []
+    if len(model.components) != 1:
+        raise UnsupportedModelError(
+            f"This export has the graphs {', '.join(model.components)} and is no single call. Measure the model "
+            f"before "
+            "its export, or export it with OnnxExporter().export."
+        )
+    metadata = next(iter(model.components.values())).metadata
+    return list(metadata.kwargs), [name for name in metadata.kwargs if name not in metadata.in_constants]
+
+
+def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that a model or export takes, on its device.
+
+    Raises:
+        SettingError: An input that an export was traced with is not there.
+    """
+    taken, needed = input_names(model)
+    missing = [name for name in needed if name not in batch]
+    if missing:
+        raise SettingError(
+            f"The export was traced with {', '.join(needed)}; the data set lacks {', '.join(missing)}. "
+            "Encode the rows with the tokenizer that the export was made with (model_input_names)."
+        )
+    return {name: tensor.to(model.device) for name, tensor in batch.items() if name in taken}
+
+
 def random_inputs(
-    model: Any, batch_size: int, sequence_length: int, processor: Any = None, seed: int = 0
-) -> dict[str, torch.Tensor]:
+    model: Any,
+    batch_size: int,
+    sequence_length: int,
+    processor: Any = None,
+    seed: int = 0,
+    pairs: bool = False,
+) -> dict[str, Tensor]:
     """Seeded random inputs on the model's device.
+
+    Args:
+        model: A model or export.
+        batch_size: Rows.
+        sequence_length: Tokens per row; images have the size that their config tells.
+        processor: Its tokenizer or image processor: only the inputs that it makes; None makes all that the model
+            takes.
+        seed: Of the ids and pixels; the caller's random state stays as it was.
+        pairs: Whether the second half of each row is a second sentence, and that of the last of several rows padding.
 
     Returns:
         For text `input_ids` of shape (batch, tokens) without padding or other special tokens, a mask of ones, token
@@ -31,8 +84,13 @@ def random_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     taken, needed = input_names(model)
+    if isinstance(model, nn.Module) and processor is not None:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        taken = [name for name in taken if name in tokenizer.model_input_names or name.startswith("decoder")]
     if "input_ids" in taken:
         inputs = _token_inputs(model, taken, (batch_size, sequence_length), generator)
+        if pairs:
+            inputs = _as_pairs(inputs, getattr(config_of(model), "type_vocab_size", 1))
     elif "pixel_values" in taken:
         channels, height, width = image_shape(model, processor)
         inputs = {"pixel_values": torch.randn(batch_size, channels, height, width, generator=generator)}
@@ -68,7 +126,7 @@ def _processor_size(processor: Any) -> tuple[int, int] | None:
 
 def _token_inputs(
     model: Any, taken: list[str], shape: tuple[int, int], generator: torch.Generator
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     limit, tokens = max_positions(model), shape[1]
     if tokens < 1 or (limit is not None and tokens > limit):
         raise SettingError(f"sequence_length must lie in 1..{limit or 'any'} for this model, got {tokens}.")
@@ -83,3 +141,25 @@ def _token_inputs(
     ones, zeros = torch.ones(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     values = (ids, ones, zeros, ids.clone(), ones.clone())
     return {name: value for name, value in zip(TOKEN_INPUTS, values, strict=True) if name in taken}
+
+
+def _as_pairs(inputs: dict[str, Tensor], types: int) -> dict[str, Tensor]:
+    rows, length = inputs["input_ids"].shape
+    if "token_type_ids" in inputs:
+        inputs["token_type_ids"][:, length // 2 :] = min(1, types - 1)
+    if "attention_mask" in inputs and rows > 1:
+        inputs["attention_mask"][-1, (length + 1) // 2 :] = 0
+    return inputs
+
+
+@contextmanager
+def eval_mode(model: Any) -> Iterator[None]:
+    """The model in eval mode; every module's own training flag is put back afterwards. Exports have none."""
+    flags = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
