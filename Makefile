@@ -27,7 +27,6 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about an hour on 2 cores)
 	$(RUN) benchmarks/main_job.py
-	$(RUN) benchmarks/latency.py
 	$(RUN) benchmarks/step_overhead.py
 	$(MAKE) docs
 
