@@ -85,6 +85,7 @@ def movie_reviews(train: int = 6000, validation: int = 1000, test: int = 2000, s
     labels = datasets.ClassLabel(names=["negative", "positive"])
     features = datasets.Features({"text": datasets.Value("string"), "label": labels})
     rows = datasets.Dataset.from_list(_review_rows(), features=features).shuffle(seed=seed)
+    rows.info.dataset_name = "movie reviews (Hutto and Gilbert 2014)"
     ends = [0, test, test + validation, test + validation + train, len(rows)]
     if ends[3] > len(rows):
         raise ValueError(f"There are {len(rows)} reviews, not {ends[3]}.")

@@ -73,3 +73,7 @@ def main() -> None:
     except HfshrinkError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -73,9 +73,11 @@ def _card_data(report: CompressionReport, title: str, metadata: dict[str, Any]) 
         {"hfshrink", *(TAGS[s.technique] for s in report.steps if s.technique in TAGS), *metadata.pop("tags", ())}
     )
     results = _eval_results(report)
+    base = metadata.pop("base_model", None) or report.base_model or ""
+    on_hub = base.count("/") == 1  # a folder's name is no link
     known = {
-        "base_model": report.base_model,
-        "base_model_relation": ("quantized" if _is_quantized(report) else "finetune") if report.base_model else None,
+        "base_model": base if on_hub else None,
+        "base_model_relation": ("quantized" if _is_quantized(report) else "finetune") if on_hub else None,
         "library_name": "onnx" if _is_export(report) else "transformers",
         "pipeline_tag": report.details.get("task"),
         "metrics": sorted({score.metric for score in report.compressed.scores}) or None,

@@ -48,13 +48,13 @@ def profile(
 
     Computed are `parameters`, `nonzero_parameters` and `memory_bytes` from the tensors, and `macs` by torch's FLOP
     counter on one example (matrix products and convolutions, attention included; a multiplication and an addition are
-    one MAC). Exports hide their tensors: these four are None. Models quantized by another library have no `macs`: their
-    kernels are not counted.
+    one MAC). Exports hide their tensors: these four are None. Models quantized by another library have no `macs`:
+    their kernels are not counted.
 
     Measured are `size_bytes` from the files (a model in memory is saved to a temporary folder), the latency as in
     `measure_latencies`, `loaded_bytes` and `peak_memory_bytes` of a fresh process that loads the model and runs one
-    example, and `energy_joules` of one forward pass of one example, as the whole processor's counter has it (Linux with
-    readable RAPL counters).
+    example, and `energy_joules` of one forward pass of one example, as the whole processor's counter has it (Linux
+    with readable RAPL counters).
 
     Args:
         model: A Hub id, a folder, a loaded model or an export.

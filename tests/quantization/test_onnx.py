@@ -71,8 +71,14 @@ def test_weights_and_embeddings_are_int8_and_the_head_is_float(int8):
     assert all(kinds[name] in (np.int8, np.uint8) for name in words)
     ops = [node.op_type for node in int8.program.graph]
     assert ops.count("MatMulInteger") == 2 * 6 + 1  # q, k, v, o, up, down of two layers, and the pooler
-    assert {node.op_type for node in int8.program.graph if "classifier" in str(node.metadata_props)} <= {"Gemm", "MatMul", "Add"}
-    assert any(value.numpy().dtype == np.float32 and value.numpy().size == 3 * 16 for value in initializers(int8).values())
+    assert {node.op_type for node in int8.program.graph if "classifier" in str(node.metadata_props)} <= {
+        "Gemm",
+        "MatMul",
+        "Add",
+    }
+    assert any(
+        value.numpy().dtype == np.float32 and value.numpy().size == 3 * 16 for value in initializers(int8).values()
+    )
 
 
 def test_record_says_what_was_done(bert, int8):
@@ -225,9 +231,7 @@ def test_missing_runtime_names_the_extra(bert, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(
-        MissingDependencyError, match=r"'onnxruntime'.*pip install 'hfshrink\[onnx\]'"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"'onnxruntime'.*pip install 'hfshrink\[onnx\]'"):
         quantize(bert, "onnx-int8")
 
 
