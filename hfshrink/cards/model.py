@@ -63,7 +63,9 @@ def _template() -> Any:
     import jinja2
 
     text = resources.files("hfshrink.cards").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
-    return jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).from_string(text)
+    return jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    ).from_string(text)
 
 
 def _card_data(report: CompressionReport, title: str, metadata: dict[str, Any]) -> Any:
