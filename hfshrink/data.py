@@ -1,7 +1,4 @@
-"""From a data set to batches.
-
-Read it, find its columns, encode it with the model's processor, order labels as the model does.
-"""
+"""From a data set to batches: read it, find its columns, encode it with the model's processor, order its labels."""
 
 from __future__ import annotations
 
@@ -88,8 +85,7 @@ def encode(
     elif processor is None:
         raise SettingError(
             f"The data set has raw columns ({', '.join(dataset.column_names)}) and the model no tokenizer or "
-            f"processor beside it. "
-            "Pass processor=, or a data set with input_ids or pixel_values."
+            "processor beside it. Pass processor=, or a data set with input_ids or pixel_values."
         )
     elif task == "image-classification":
         encoded = _encode_images(dataset, processor)
@@ -142,8 +138,8 @@ def collate(columns: Mapping[str, Sequence[Any]], model: Any, processor: Any = N
             continue
         if any(len(shape) != 1 for shape in shapes):
             raise SettingError(
-                f"Rows of the column {name!r} have different shapes ({sorted(map(tuple, shapes))[:3]}); can't stack "
-                f"them."
+                f"Rows of the column {name!r} have different shapes ({sorted(map(tuple, shapes))[:3]}); "
+                "can't stack them."
             )
         fill = _pad_value(name, model, processor)
         longest = max(len(row) for row in rows)
@@ -172,8 +168,8 @@ def _read_by_name(name: str, split: str | None) -> Any:
         return datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"Can't read the data set {name!r}: {error}. Give a folder that save_to_disk wrote, or check the name "
-            f"and the network."
+            f"Can't read the data set {name!r}: {error}. "
+            "Give a folder that save_to_disk wrote, or check the name and the network."
         ) from error
 
 
@@ -212,9 +208,8 @@ def find_text_columns(dataset: Dataset, text_columns: Sequence[str] | None = Non
     ]
     if not 1 <= len(names) <= 2:
         raise SettingError(
-            f"Found {len(names)} columns of text among {', '.join(dataset.column_names)}, expected one, or two for "
-            f"pairs. "
-            "Name them: text_columns=[…]."
+            f"Found {len(names)} columns of text among {', '.join(dataset.column_names)}, expected one, "
+            "or two for pairs. Name them: text_columns=[…]."
         )
     return names
 

@@ -1,7 +1,4 @@
-"""What a model or export is fed with.
-
-The names of its inputs, and seeded random ones for tracing, timing and checking.
-"""
+"""What a model or export is fed: its inputs' names, and seeded random ones for tracing, timing and checking."""
 
 from __future__ import annotations
 
@@ -30,9 +27,8 @@ def input_names(model: Any) -> tuple[list[str], list[str]]:
         return sorted(accepted_inputs(model) - {"labels"}), []
     if len(model.components) != 1:
         raise UnsupportedModelError(
-            f"This export has the graphs {', '.join(model.components)} and is no single call. Measure the model "
-            f"before "
-            "its export, or export it with OnnxExporter().export."
+            f"This export has the graphs {', '.join(model.components)} and is no single call. "
+            "Measure the model before its export, or export it with OnnxExporter().export."
         )
     metadata = next(iter(model.components.values())).metadata
     return list(metadata.kwargs), [name for name in metadata.kwargs if name not in metadata.in_constants]

@@ -54,8 +54,7 @@ def load(model: Any, task: str | None = None, *, trust_remote_code: bool = False
     if kwargs.get("ignore_mismatched_sizes"):
         raise SettingError(
             "ignore_mismatched_sizes=True re-initializes every layer whose shape differs, compressed ones included, "
-            "and says "
-            "nothing. Leave it out; to change a head, load the model first and replace its classifier."
+            "and says nothing. Leave it out; to change a head, load the model first and replace its classifier."
         )
     if task is not None:
         _check_task(task)
@@ -89,8 +88,7 @@ def infer_task(model: Any, task: str | None = None) -> str:
     if not names:
         raise UnsupportedModelError(
             f"The config of {getattr(config, '_name_or_path', '') or type(config).__name__} names no architecture, "
-            f"so its task "
-            f"is unknown. Give task=, one of: {', '.join(TASKS)}."
+            f"so its task is unknown. Give task=, one of: {', '.join(TASKS)}."
         )
     tasks = _tasks_of(names[0])
     if not tasks and is_torch_model:
@@ -102,10 +100,7 @@ def infer_task(model: Any, task: str | None = None) -> str:
 
 
 def find_processor(model: Any) -> Any:
-    """The tokenizer or processor beside a loaded model's files, if they can be found without the network.
-
-    Else None.
-    """
+    """The tokenizer or processor beside a loaded model's files, as far as no network is needed; else None."""
     name = getattr(config_of(model), "_name_or_path", "")
     return load_processor(name, trust_remote_code=False, local_files_only=True) if name else None
 
@@ -177,8 +172,8 @@ def _check_folder(source: str | Path) -> None:
     if not any(name.endswith(".safetensors") for name in files):
         if any(name.endswith((".bin", ".pt", ".pth", ".ckpt")) for name in files):
             raise CheckpointError(
-                f"{source} holds pickled weights only, which can run code when loaded. Convert them once where you "
-                f"trust them: "
+                f"{source} holds pickled weights only, which can run code when loaded. "
+                "Convert them once where you trust them: "
                 "AutoModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)."
             )
         raise CheckpointError(

@@ -35,10 +35,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Latency:
-    """Time of one forward pass of a batch, in milliseconds.
-
-    Wall clock (p50, p95) and CPU time of the whole process.
-    """
+    """Milliseconds of one forward pass of a batch: wall clock (p50, p95), and CPU time of the whole process."""
 
     latency_ms_p50: float
     latency_ms_p95: float

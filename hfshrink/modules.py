@@ -97,8 +97,8 @@ def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         family = getattr(config, "model_type", type(model).__name__)
         raise UnsupportedModelError(
             f"The family {family!r} ({type(model).__name__}) has {len(found)} stacks of "
-            f"config.num_hidden_layers={depth} equal "
-            "layers, expected exactly one, as in BERT, RoBERTa, DistilBERT, ELECTRA, Llama, GPT-2 and ViT."
+            f"config.num_hidden_layers={depth} equal layers, "
+            "expected exactly one, as in BERT, RoBERTa, DistilBERT, ELECTRA, Llama, GPT-2 and ViT."
         )
     return found[0]
 
@@ -144,10 +144,7 @@ def max_positions(model: Any) -> int | None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(parameters, parameters that are not exactly zero).
-
-    Tied ones once. A layer's integer codes are no parameters.
-    """
+    """(parameters, parameters that are not exactly zero), tied ones once; a layer's integer codes are none."""
     import torch
 
     with torch.no_grad():

@@ -72,9 +72,8 @@ def _resident(field: str) -> int | None:
 
 def _reset_peak() -> None:
     try:
-        Path("/proc/self/clear_refs").write_text(
-            "5", encoding="utf-8"
-        )  # 5 sets VmHWM to VmRSS, see proc_pid_clear_refs(5)
+        # 5 sets VmHWM to VmRSS, see proc_pid_clear_refs(5)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 

@@ -30,9 +30,8 @@ def find_references(task: str, encoded: Dataset, config: Any) -> tuple[str, Any]
     if kind == "language":
         if not has_labels and task != "text-generation":
             raise SettingError(
-                f"{task} needs the column 'labels' (token ids, -100 where nothing is to be predicted); the "
-                "data set has "
-                f"{', '.join(encoded.column_names)}. " + _LABEL_HELP[task]
+                f"{task} needs the column 'labels' (token ids, -100 where nothing is to be predicted); "
+                f"the data set has {', '.join(encoded.column_names)}. " + _LABEL_HELP[task]
             )
         return kind, None
     labels = list(encoded.with_format(None)["labels"])
@@ -48,8 +47,8 @@ def find_references(task: str, encoded: Dataset, config: Any) -> tuple[str, Any]
 
 _LABEL_HELP = {
     "fill-mask": (
-        "Mask the rows once with DataCollatorForLanguageModeling and keep its labels, so that "
-        "every model sees the same masks."
+        "Mask the rows once with DataCollatorForLanguageModeling and keep its labels, "
+        "so that every model sees the same masks."
     ),
     "text2text-generation": "Or give two columns of text: text_columns=[source, target].",
 }
@@ -66,9 +65,8 @@ def _class_numbers(labels: list[Any], num_labels: int) -> np.ndarray:
     if not all(isinstance(label, int) for label in labels):
         wrong = next(label for label in labels if not isinstance(label, int))
         raise SettingError(
-            f"Labels must be class numbers or the model's class names, got {wrong!r} "
-            f"({type(wrong).__name__}). Cast the column to int64; "
-            "for several labels per row give rows of 0 and 1."
+            f"Labels must be class numbers or the model's class names, got {wrong!r} ({type(wrong).__name__}). "
+            "Cast the column to int64; for several labels per row give rows of 0 and 1."
         )
     if IGNORED in labels:
         raise SettingError(
@@ -82,9 +80,8 @@ def _label_rows(labels: list[Any], num_labels: int) -> np.ndarray:
     for row, values in enumerate(labels):
         if not isinstance(values, list) or len(values) != num_labels or not set(values) <= {0, 1}:
             raise SettingError(
-                f"With several labels per row each must be a list of {num_labels} numbers 0 or 1, one per "
-                "label of the model, "
-                f"got {str(values)[:80]} in row {row}."
+                f"With several labels per row each must be a list of {num_labels} numbers 0 or 1, "
+                f"one per label of the model, got {str(values)[:80]} in row {row}."
             )
     return np.array(labels, dtype=np.int64)
 
@@ -92,8 +89,8 @@ def _label_rows(labels: list[Any], num_labels: int) -> np.ndarray:
 def _numbers(labels: list[Any], num_labels: int) -> np.ndarray:
     if num_labels != 1:
         raise SettingError(
-            f"Regression is measured for one output, this model has {num_labels}. Pass a metric= of your "
-            "own on features."
+            f"Regression is measured for one output, this model has {num_labels}. "
+            "Pass a metric= of your own on features."
         )
     for row, value in enumerate(labels):
         if not isinstance(value, int | float) or not math.isfinite(value):

@@ -1,8 +1,8 @@
 """The maths of the metrics: each is `statistics` per example and `reduce` of their sum.
 
 So a bootstrap is a matrix product. A metric of this form is a function of the sum over examples of some numbers, as
-accuracy is of (right, all): resampling the examples only changes the weights of that sum.
-Rank correlation has no such form and is recomputed.
+accuracy is of (right, all): resampling the examples only changes the weights of that sum. Rank correlation has no such
+form and is recomputed.
 """
 
 from __future__ import annotations
@@ -270,8 +270,8 @@ def resolve_measures(metric: Any, kind: str, top: int | None = None) -> tuple[Me
     if metric is None:
         if not defaults:
             raise SettingError(
-                "feature-extraction has no metric of its own. Pass metric=, a function (embeddings, "
-                "labels) -> float or dict."
+                "feature-extraction has no metric of its own. "
+                "Pass metric=, a function (embeddings, labels) -> float or dict."
             )
         return defaults
     if isinstance(metric, list | tuple):
@@ -296,8 +296,7 @@ def _by_name(name: str, kind: str, defaults: Sequence[Measure]) -> Measure:
     names = [key for measure in defaults for key in measure.keys]
     raise SettingError(
         f"metric must be one of {', '.join(names) or 'none by name'} for this model ({kind}), got {name!r}. "
-        "For another one pass an "
-        "evaluate.Metric or a function (predictions, references) -> float or dict."
+        "For another one pass an evaluate.Metric or a function (predictions, references) -> float or dict."
     )
 
 

@@ -88,8 +88,7 @@ def check_rows(broken: torch.Tensor, rows: list[int]) -> None:
         row = min(row for row, bad in zip(rows, broken.tolist(), strict=True) if bad)
         raise SettingError(
             f"The model's logits for row {row} are NaN or infinite. The weights are broken or overflow: "
-            "check them with "
-            "torch.isfinite, or load the model in float32."
+            "check them with torch.isfinite, or load the model in float32."
         )
 
 

@@ -90,9 +90,8 @@ def read_answers(dataset: Dataset) -> list[list[str]]:
     if missing:
         raise SettingError(
             "Question answering needs the columns question, context and answers "
-            f"({{'text': […], 'answer_start': […]}}); "
-            f"{', '.join(missing)} is missing, the data set has {', '.join(dataset.column_names)}. Rename "
-            "with rename_column."
+            f"({{'text': […], 'answer_start': […]}}); {', '.join(missing)} is missing, "
+            f"the data set has {', '.join(dataset.column_names)}. Rename with rename_column."
         )
     return [_texts(row, answers) for row, answers in enumerate(dataset.with_format(None)["answers"])]
 
@@ -125,9 +124,8 @@ def split_windows(
     room = longest - max(question_lengths) - tokenizer.num_special_tokens_to_add(pair=True)
     if room < 2:
         raise SettingError(
-            f"The question in row {int(np.argmax(question_lengths))} has {max(question_lengths)} tokens and "
-            "leaves no room for its "
-            f"context in {longest}. Raise max_length, or shorten the question."
+            f"The question in row {int(np.argmax(question_lengths))} has {max(question_lengths)} tokens "
+            f"and leaves no room for its context in {longest}. Raise max_length, or shorten the question."
         )
     windows, rows, spans = [], [], []
     for row, (question, context) in enumerate(zip(plain["question"], plain["context"], strict=True)):
