@@ -17,6 +17,7 @@ from hfshrink.terminal import progress
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LANGUAGE_TASKS = ("fill-mask", "text-generation", "text2text-generation")
 INPUT_COLUMNS = ("input_ids", "pixel_values")
 
 
@@ -78,10 +79,13 @@ def encode(
         SettingError: Columns that are missing or can't be told apart, labels that the model does not have, no
             processor.
     """
+    if max_length is not None and max_length < 1:
+        raise SettingError(f"max_length must be at least 1, got {max_length}.")
     label_column = find_label_column(dataset, label_column)
     labels = None if label_column is None else model_labels(dataset, label_column, model)
     if any(name in dataset.column_names for name in INPUT_COLUMNS):
-        encoded = dataset if label_column is None else dataset.remove_columns([label_column])
+        unused = [name for name in (label_column, "labels") if name in dataset.column_names]
+        encoded = dataset.remove_columns(unused)
     elif processor is None:
         raise SettingError(
             f"The data set has raw columns ({', '.join(dataset.column_names)}) and the model no tokenizer or "
@@ -91,7 +95,44 @@ def encode(
         encoded = _encode_images(dataset, processor)
     else:
         encoded, labels = _encode_text(dataset, model, processor, task, text_columns, labels, label_column, max_length)
-    return encoded if labels is None else encoded.add_column("labels", labels)
+    encoded = encoded if labels is None else encoded.add_column("labels", labels)
+    if "input_ids" not in encoded.column_names:
+        return encoded
+    if task in LANGUAGE_TASKS and 0 in (lengths := row_lengths(encoded)):  # empty lines of a text say nothing
+        encoded = encoded.select([row for row, length in enumerate(lengths) if length])
+    if len(encoded) == 0:
+        raise SettingError("Every row of the data set is empty: no tokens are left.")
+    _check_tokens(encoded, model, task)
+    return encoded
+
+
+def _check_tokens(encoded: Dataset, model: Any, task: str) -> None:
+    """Raise `SettingError` for what would fail inside the model: rows too long or empty, ids that it does not have."""
+    import pyarrow.compute as pc
+
+    lengths, limit = row_lengths(encoded), max_positions(model)
+    if limit is not None and max(lengths) > limit:
+        row = lengths.index(max(lengths))
+        raise SettingError(f"Row {row} has {lengths[row]} tokens, but the model reads at most {limit}. Truncate it.")
+    if min(lengths) == 0:
+        raise SettingError(f"Row {lengths.index(0)} has no tokens (an empty text?). Filter such rows out.")
+    ids = pc.min_max(pc.list_flatten(_arrow_column(encoded, "input_ids"))).as_py()
+    vocabulary = getattr(config_of(model).get_text_config(), "vocab_size", None)
+    if vocabulary is not None and not 0 <= ids["min"] <= ids["max"] < vocabulary:
+        raise SettingError(
+            f"input_ids must lie in 0..{vocabulary - 1} for this model, got {ids['min']}..{ids['max']}. "
+            "Were the rows encoded with another tokenizer?"
+        )
+    if task == "token-classification" and "labels" in encoded.column_names:
+        for row, (labels, length) in enumerate(zip(encoded.with_format(None)["labels"], lengths, strict=True)):
+            if not isinstance(labels, list) or len(labels) != length:
+                raise SettingError(
+                    f"Row {row} has {length} tokens; its labels must be as many, got {str(labels)[:60]}."
+                )
+
+
+def _arrow_column(encoded: Dataset, name: str) -> Any:
+    return encoded.select_columns([name]).with_format("arrow")[:][name]
 
 
 def batches(
@@ -103,8 +144,8 @@ def batches(
         (row numbers, inputs): each input a tensor of shape (batch, …); `labels` among them where the data set has
         them.
     """
-    if batch_size < 1:
-        raise SettingError(f"batch_size must be at least 1, got {batch_size}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise SettingError(f"batch_size must be a number from 1 on, got {batch_size!r}.")
     order = list(range(len(encoded)))
     if "input_ids" in encoded.column_names:
         lengths = row_lengths(encoded)
@@ -157,8 +198,7 @@ def row_lengths(encoded: Dataset) -> list[int]:
     """Number of tokens of each row, read from the Arrow offsets without decoding the rows."""
     import pyarrow.compute as pc
 
-    column = encoded.with_format("arrow")[:]["input_ids"]
-    return [int(n) for n in pc.list_value_length(column).to_pylist()]
+    return [int(n) for n in pc.list_value_length(_arrow_column(encoded, "input_ids")).to_pylist()]
 
 
 def _read_by_name(name: str, split: str | None) -> Any:
@@ -232,6 +272,7 @@ def _encode_text(
     target = columns.pop() if task == "text2text-generation" and len(columns) == 2 else None
 
     def tokens(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        _check_texts({name: rows[name] for name in (*columns, *([target] if target else []))}, words)
         encoded = tokenizer(
             *(rows[name] for name in columns), truncation=True, max_length=longest, is_split_into_words=words
         )
@@ -250,12 +291,23 @@ def _encode_text(
     return encoded, labels
 
 
+def _check_texts(rows: Mapping[str, Sequence[Any]], words: bool) -> None:
+    expected = list if words else str
+    for name, values in rows.items():
+        wrong = next((value for value in values if not isinstance(value, expected)), "")
+        if not isinstance(wrong, expected) and wrong != "":
+            kind = "lists of words" if words else "text"
+            raise SettingError(f"The column {name!r} must hold {kind}, got {wrong!r} ({type(wrong).__name__}).")
+
+
 def _pad_value(name: str, model: Any, processor: Any) -> int:
     if name == "labels":
         return IGNORED
     if name != "input_ids":
         return 0
-    pad = getattr(processor, "pad_token_id", None)
+    pad = getattr(
+        config_of(model), "pad_token_id", None
+    )  # causal classifiers look for this one to find the last token
     if pad is None:
-        pad = getattr(config_of(model), "pad_token_id", None)
-    return 0 if pad is None else int(pad)  # the attention mask hides it, whatever it is
+        pad = getattr(processor, "pad_token_id", None)
+    return 0 if pad is None else int(pad)

@@ -128,7 +128,8 @@ def _token_inputs(
         raise SettingError(f"sequence_length must lie in 1..{limit or 'any'} for this model, got {tokens}.")
     outer = config_of(model)
     config = outer.get_text_config()
-    special = {getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask")}
+    marks = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos", "sep", "cls", "mask")]
+    special = {number for mark in marks for number in (mark if isinstance(mark, list) else [mark])}
     known = torch.tensor([number for number in range(config.vocab_size) if number not in special] or [0])
     ids = known[torch.randint(len(known), shape, generator=generator)]
     end = getattr(outer, "eos_token_id", None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfshrink.errors import SettingError
@@ -52,11 +52,8 @@ def model_labels(dataset: Dataset, column: str, model: Any) -> list[Any]:
         mapping = _name_mapping(inner.names, config)
         return [_map(value, mapping) for value in values]
     if flat and all(isinstance(value, str) for value in flat):
-        known = {str(name).casefold(): index for name, index in config.label2id.items()}
-        missing = sorted({value for value in flat if value.casefold() not in known})
-        if missing:
-            raise SettingError(f"The labels {missing[:5]} in {column!r} are not among the model's: {config.label2id}.")
-        return [_map(value, {name: known[name.casefold()] for name in set(flat)}) for value in values]
+        found = _look_up(set(flat), config, column)
+        return [_map(value, found) for value in values]
     return values
 
 
@@ -70,14 +67,21 @@ def check_class_labels(labels: Sequence[Any], num_labels: int) -> None:
 
 
 def _name_mapping(names: Sequence[str], config: Any) -> dict[int, int]:
-    known = {str(name).casefold(): index for name, index in config.label2id.items()}
     unnamed = all(name == f"LABEL_{index}" for name, index in config.label2id.items())
-    if unnamed and len(names) == len(known):
+    if unnamed and len(names) == len(config.label2id):
         return {index: index for index in range(len(names))}
-    missing = [name for name in names if name.casefold() not in known]
+    found = _look_up(names, config, "the data set's features")
+    return {index: found[name] for index, name in enumerate(names)}
+
+
+def _look_up(names: Iterable[str], config: Any, where: str) -> dict[str, int]:
+    """Name -> the model's label id: by the exact name, else by the name in any case of letters."""
+    exact = {str(name): int(index) for name, index in config.label2id.items()}
+    loose = {name.casefold(): index for name, index in exact.items()}
+    missing = sorted(name for name in names if name not in exact and name.casefold() not in loose)
     if missing:
-        raise SettingError(f"The data set's labels {missing[:5]} are not among the model's: {config.label2id}.")
-    return {index: known[name.casefold()] for index, name in enumerate(names)}
+        raise SettingError(f"The labels {missing[:5]} in {where} are not among the model's: {config.label2id}.")
+    return {name: exact.get(name, loose[name.casefold()]) for name in names}
 
 
 def _map(value: Any, mapping: Mapping[Any, int]) -> Any:
@@ -95,6 +99,9 @@ def first_piece_labels(word_ids: Sequence[int | None], labels: Sequence[int]) ->
         >>> first_piece_labels([None, 0, 0, 1, None], [7, 8])
         [-100, 7, -100, 8, -100]
     """
+    words = max((word for word in word_ids if word is not None), default=-1) + 1
+    if words > len(labels):
+        raise SettingError(f"A row has {words} words or more, but {len(labels)} labels ({list(labels)[:8]}, …).")
     before = [None, *word_ids[:-1]]
     return [
         IGNORED if word is None or word == last else labels[word] for word, last in zip(word_ids, before, strict=True)

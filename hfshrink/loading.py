@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
+from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, UnsupportedModelError
 from hfshrink.record import config_of
 from hfshrink.saving import read_config
+
+logger = logging.getLogger(__name__)
 
 TASKS = {
     "text-classification": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
@@ -21,6 +24,7 @@ TASKS = {
 }
 """task -> (Auto class, the table of transformers that lists its architectures)."""
 
+HUB_KEYWORDS = ("revision", "token", "cache_dir", "local_files_only")  # of `from_pretrained`, for every file alike
 EXPORT_MANIFEST = "export.json"  # written by transformers' ExportedModel.save_pretrained
 
 
@@ -62,9 +66,12 @@ def load(model: Any, task: str | None = None, *, trust_remote_code: bool = False
         config_of(model)  # raises for what is no model
         return model, find_processor(model)
     _check_folder(model)
+    hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
     if Path(model).is_dir() and (Path(model) / EXPORT_MANIFEST).is_file():
-        return _load_export(Path(model), trust_remote_code, kwargs), load_processor(model, trust_remote_code)
-    return _load_weights(str(model), task, trust_remote_code, kwargs), load_processor(model, trust_remote_code)
+        loaded = _load_export(Path(model), trust_remote_code, kwargs)
+    else:
+        loaded = _load_weights(str(model), task, trust_remote_code, kwargs, hub)
+    return loaded, load_processor(model, trust_remote_code, **hub)
 
 
 def infer_task(model: Any, task: str | None = None) -> str:
@@ -79,7 +86,8 @@ def infer_task(model: Any, task: str | None = None) -> str:
     if task is not None:
         return _check_task(task)
     config = config_of(model)
-    names = list(getattr(config, "architectures", None) or [])
+    names = getattr(config, "architectures", None) or []
+    names = [names] if isinstance(names, str) else list(names)
     is_torch_model = hasattr(model, "named_modules")
     if is_torch_model:
         names = [type(model).__name__]
@@ -141,6 +149,8 @@ def _tasks_of(architecture: str) -> list[str]:
             found.append(task)
     if len(found) > 1 and "feature-extraction" in found:  # some heads are listed as their family's base model too
         found.remove("feature-extraction")
+    if "text2text-generation" in found and architecture.endswith("ForConditionalGeneration"):
+        return ["text2text-generation"]  # BART and its kin are listed for fill-mask besides
     return found
 
 
@@ -192,22 +202,45 @@ def _load_export(folder: Path, trust_remote_code: bool, kwargs: dict[str, Any]) 
         ) from error
 
 
-def _load_weights(source: str, task: str | None, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+def _load_weights(
+    source: str, task: str | None, trust_remote_code: bool, kwargs: dict[str, Any], hub: dict[str, Any]
+) -> Any:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
         auto = getattr(transformers, TASKS[infer_task(config, task)][0])
-        kwargs = {"use_safetensors": True, **kwargs}
-        return auto.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs).eval()
-    except UnsupportedModelError:
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+        model, info = auto.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
+        _check_complete(source, model, config, info)
+        return model.eval()
+    except HfshrinkError:
         raise
     except SafetensorError as error:
         raise CheckpointError(
             f"The weights of {source} can't be read; they are half-written or corrupt: {error}"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, StrictDataclassError) as error:
         where = "" if Path(source).is_dir() else " Check the name and the network, or give a local folder."
         raise CheckpointError(f"Can't load {source!r}: {error}{where}") from error
+
+
+def _check_complete(source: str, model: Any, config: Any, info: dict[str, Any]) -> None:
+    """Refuse weights that the checkpoint lacks and that were filled at random, save for a head that was asked for.
+
+    A checkpoint written with parametrized weights lacks them under their plain names.
+    """
+    missing = sorted(info["missing_keys"])
+    if not missing:
+        return
+    own_class = type(model).__name__ in (getattr(config, "architectures", None) or ())
+    head = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
+    if own_class or len(head) != len(missing):
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …), which would be random: it "
+            f"is "
+            "half-written, or was saved with parametrized weights."
+        )
+    logger.warning("%s has no head for this task; %s are random until they are trained.", source, ", ".join(head))

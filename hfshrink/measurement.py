@@ -26,6 +26,13 @@ class Score:
     examples: int | None = None
     seed: int | None = None
 
+    @property
+    def title(self) -> str:
+        """The metric with the data that it was measured on, as far as they are known."""
+        rows = None if self.examples is None else f"{self.examples:,} rows"
+        where = ", ".join(part for part in (self.dataset, self.split, rows) if part)
+        return f"{self.metric} ({where})" if where else self.metric
+
     def __str__(self) -> str:
         if self.value is None:
             return "undefined"
@@ -101,7 +108,7 @@ class Measurement:
             setting += f", {latency.threads} thread{'s' * (latency.threads != 1)}, {latency.runtime}"
             times = f"{latency.latency_ms_p50:.2f} / {latency.latency_ms_p95:.2f} / {latency.cpu_ms:.2f} ms"
             found.append((f"p50 / p95 / CPU ({setting})", times, "measured"))
-        found.extend((score.metric, str(score), "measured") for score in self.scores)
+        found.extend((score.title, str(score), "measured") for score in self.scores)
         return found
 
     def __str__(self) -> str:

@@ -139,7 +139,8 @@ def max_positions(model: Any) -> int | None:
         return None if limit is None else limit - 2 * (family in PADDED_POSITIONS)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe", "embed_positions")):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - max(before, getattr(module, "offset", 0))
     return None
 
 

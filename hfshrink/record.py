@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 MAX_STEPS = 1000  # a record from elsewhere that claims more is refused
+TEXTS = ("technique", "method", "source", "metric", "dataset", "split", "runtime", "device")
+MAPS = ("settings", "before", "after", "skipped", "results", "versions")
+FIELD_TYPES: dict[str, Any] = {
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(MAPS, dict),
+    **dict.fromkeys(("modules", "latency", "scores"), list),
+}
+"""field of a record from elsewhere -> what it must be; all others are numbers."""
 PACKAGES = ("hfshrink", "transformers", "torch", "datasets", "onnx", "onnxruntime", "bitsandbytes")
 
 
@@ -104,11 +112,11 @@ class CompressionReport:
         if len(data["history"]) > MAX_STEPS:
             raise CheckpointError(f"This record claims {len(data['history'])} steps; at most {MAX_STEPS} are read.")
         return cls(
-            base_model=data.get("base_model"),
+            base_model=None if data.get("base_model") is None else str(data["base_model"]),
             steps=tuple(_read_step(step) for step in data["history"]),
             base=_read_measurement(data.get("base", {})),
             compressed=_read_measurement(data.get("compressed", {})),
-            details=dict(data.get("details", {})),
+            details=data["details"] if isinstance(data.get("details"), dict) else {},
         )
 
     def attach(self, model: Any) -> None:
@@ -257,8 +265,14 @@ def _known(cls: type, data: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"Expected a {cls.__name__} as a JSON object, got {type(data).__name__}: {str(data)[:80]}"
         )
-    names = {f.name for f in dataclasses.fields(cls)}
-    return {name: value for name, value in data.items() if name in names}
+    known = {f.name: data[f.name] for f in dataclasses.fields(cls) if f.name in data}
+    for name, value in known.items():
+        expected = FIELD_TYPES.get(name, (int, float))
+        if value is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+            raise CheckpointError(
+                f"A {cls.__name__} of this record has {name}={str(value)[:60]!r}, which is no {name}."
+            )
+    return known
 
 
 def _read_measurement(data: Any) -> Measurement:

@@ -45,8 +45,8 @@ def save_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         ['config.json']
     """
     target = Path(folder).expanduser().absolute()
-    _check_target(target, overwrite)
     try:
+        _check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         target = target.parent.resolve() / target.name  # links above the folder are the user's; it is none itself
         _remove_leftovers(target)
@@ -134,7 +134,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_CONFIG_BYTES:,} are read.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(
             f"{path} can't be read as JSON ({error}): the folder is half-written or corrupt."
         ) from None
@@ -149,7 +149,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        Path(name).chmod(0o644)
+        Path(name).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

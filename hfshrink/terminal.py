@@ -24,7 +24,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         |---------|------|
         | teacher | 90.9 |
     """
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    cells = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells

@@ -21,6 +21,18 @@ CASES = [
     ("vit", "image-classification", "ViTForImageClassification"),
     ("resnet", "image-classification", "ResNetForImageClassification"),
 ]
+SEQ2SEQ = {
+    "T5": {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2},
+    "Bart": {
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "encoder_ffn_dim": 8,
+        "decoder_ffn_dim": 8,
+    },
+}
 
 
 @pytest.mark.parametrize(("family", "task", "name"), CASES)
@@ -41,9 +53,24 @@ def test_number_of_labels_and_problem_type_survive(labels, tmp_path):
     assert (loaded.config.num_labels, loaded.config.problem_type) == (labels, "multi_label_classification")
 
 
-def test_encoder_decoder():
-    config = transformers.T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    assert infer_task(transformers.T5ForConditionalGeneration(config)) == "text2text-generation"
+@pytest.mark.parametrize("family", list(SEQ2SEQ))
+def test_encoder_decoder(family, tmp_path):
+    config = getattr(transformers, f"{family}Config")(vocab_size=20, **SEQ2SEQ[family])
+    model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
+    model.save_pretrained(tmp_path)
+    loaded, _ = load(tmp_path)
+    assert type(loaded) is type(model)
+    assert infer_task(loaded) == "text2text-generation"
+
+
+def test_class_of_ones_own_is_asked_from_optimum(monkeypatch):
+    from optimum.exporters.tasks import TasksManager
+
+    class Mine(transformers.BertModel):
+        pass
+
+    monkeypatch.setattr(TasksManager, "infer_task_from_model", lambda model: "fill-mask")
+    assert infer_task(Mine(tiny.model("bert").config)) == "fill-mask"
 
 
 def test_tokenizer_comes_along(tmp_path):
@@ -128,6 +155,36 @@ def test_pickled_weights_are_refused(tmp_path):
     tiny.model("bert").config.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"whatever")
     with pytest.raises(CheckpointError, match="holds pickled weights only"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.1.output.dense.weight", "classifier.weight"])
+def test_missing_weights_are_never_filled_at_random(name, tmp_path):
+    """Also what a checkpoint with parametrized weights looks like: `weight.original` instead of `weight`."""
+    from safetensors.torch import load_file, save_file
+
+    tiny.model("bert").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state[f"{name}.original"] = state.pop(name)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lacks 1 of its weights \\({name}, …\\), which would be random"):
+        load(tmp_path)
+
+
+def test_new_head_is_random_and_says_so(tmp_path, caplog):
+    tiny.model("bert", "feature-extraction").save_pretrained(tmp_path)
+    load(tmp_path, task="text-classification")
+    assert "classifier.bias, classifier.weight are random until they are trained" in caplog.text
+
+
+def test_weights_that_do_not_fit_their_config(tmp_path):
+    tiny.model("bert").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
+    with pytest.raises(CheckpointError, match="Can't load"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "many"}))
+    with pytest.raises(CheckpointError, match="Can't load"):
         load(tmp_path)
 
 

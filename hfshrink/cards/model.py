@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib import resources
 from typing import Any
 
@@ -13,6 +14,17 @@ from hfshrink.terminal import table
 
 TAGS = {"make_student": "distillation", "distill": "distillation", "quantize": "quantized"}
 """technique -> the Hub's tag for it."""
+SNIPPETS = {
+    "text": ("AutoTokenizer", 'processor("An example.", return_tensors="pt")', "logits"),
+    "question-answering": (
+        "AutoTokenizer",
+        'processor("A question?", "A text.", return_tensors="pt")',
+        "start_logits",
+    ),
+    "feature-extraction": ("AutoTokenizer", 'processor("An example.", return_tensors="pt")', "last_hidden_state"),
+    "image-classification": ("AutoImageProcessor", 'processor(image, return_tensors="pt")', "logits"),
+}
+"""task -> (Auto class of the processor, a call of it, the output to read)."""
 
 
 def model_card(report: Any, *, model_name: str | None = None, **metadata: Any) -> Any:
@@ -55,6 +67,7 @@ def model_card(report: Any, *, model_name: str | None = None, **metadata: Any) -
         versions=report.steps[-1].versions,
         is_export=_is_export(report),
         auto_class=_auto_class(report),
+        snippet=SNIPPETS.get(report.details.get("task", ""), SNIPPETS["text"]),
     )
     return ModelCard(text)
 
@@ -63,9 +76,21 @@ def _template() -> Any:
     import jinja2
 
     text = resources.files("hfshrink.cards").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    ).from_string(text)
+    )
+    environment.filters["plain"] = _plain
+    environment.filters["no_html"] = _no_html
+    return environment.from_string(text)
+
+
+def _plain(value: Any) -> str:
+    """One line without markup: text from a record can't become a heading, a link or a tag."""
+    return _no_html(re.sub(r"([`*_\[\]|#])", r"\\\1", " ".join(str(value).split())))
+
+
+def _no_html(text: str) -> str:
+    return text.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _card_data(report: CompressionReport, title: str, metadata: dict[str, Any]) -> Any:
@@ -121,14 +146,14 @@ def _checks(report: CompressionReport) -> list[str]:
     sentences = []
     for step in report.steps:
         parity = step.results.get("parity")
-        if isinstance(parity, dict):
-            agreement = parity.get("agreement")
-            same = "" if agreement is None else f", same answer in {100 * agreement:.1f} % of cases"
-            sentences.append(
-                f"`{step.method}` against the float model on {parity['rows']} {parity['inputs']}: largest difference "
-                f"of an output "
-                f"{parity['max_difference']:.3g}{same}."
-            )
+        if not isinstance(parity, dict) or not isinstance(parity.get("max_difference"), float):
+            continue
+        agreement = parity.get("agreement")
+        same = f", same answer in {100 * agreement:.1f} % of cases" if isinstance(agreement, float) else ""
+        sentences.append(
+            f"`{_plain(step.method)}` against the float model on {_plain(parity.get('rows'))} "
+            f"{_plain(parity.get('inputs'))}: largest difference of an output {parity['max_difference']:.3g}{same}."
+        )
     return sentences
 
 

@@ -143,10 +143,11 @@ def loss_mask(inputs: dict[str, Any], head: str) -> Tensor | None:
         return None
     if inputs.get("labels") is not None:
         mask = inputs["labels"] != IGNORED
-    elif inputs.get("attention_mask") is not None:
-        mask = inputs["attention_mask"].bool()
     else:
-        mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        side = "decoder_" if "decoder_input_ids" in inputs else ""
+        mask = inputs.get(f"{side}attention_mask")
+        mask = torch.ones_like(inputs[f"{side}input_ids"]) if mask is None else mask
+        mask = mask.bool()
     return mask[:, 1:] if head == "causal_tokens" else mask
 
 

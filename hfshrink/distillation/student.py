@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hfshrink.errors import SettingError
+from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.loading import infer_task, load
 from hfshrink.measurement import Measurement
 from hfshrink.modules import count_parameters, layer_stack
@@ -47,6 +47,10 @@ def make_student(teacher: Any, num_layers: int | None = None, *, layers: Sequenc
     teacher, _ = load(teacher)
     stack, modules = layer_stack(teacher)
     kept = _kept_layers(len(modules), num_layers, layers)
+    if hasattr(teacher.config, "quantization_config"):
+        raise UnsupportedModelError(
+            "The teacher has compressed or quantized layers. Make it dense first: to_dense(teacher)."
+        )
     student = _build(teacher, _smaller_config(teacher.config, kept))
     student.load_state_dict(_renumbered(teacher.state_dict(), stack, kept))
     student.generation_config = copy.deepcopy(getattr(teacher, "generation_config", None))

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from hfshrink.data import batches, encode, read_dataset
 from hfshrink.errors import SettingError
+from hfshrink.inputs import eval_mode
+from hfshrink.labels import find_label_column
 from hfshrink.loading import find_processor, infer_task, load
 from hfshrink.modules import accepted_inputs, max_positions
 
@@ -34,8 +36,14 @@ def prepare_teacher(teacher: Any) -> tuple[nn.Module, Any]:
     return model.requires_grad_(False).eval(), processor
 
 
-def head_kind(model: Any, teacher: Any = None, labels: Any = None) -> str:
+def head_kind(task: str, config: Any, teacher: Any = None, labels: Any = None) -> str:
     """Which form of a logit loss a model's head needs.
+
+    Args:
+        task: The student's task.
+        config: The student's config.
+        teacher: The teacher, whose config may name the problem type where the student's does not.
+        labels: Labels of a batch: of several numbers each where the problem type is known to neither.
 
     Returns:
         "single_label", "multi_label", "regression", "tokens", "causal_tokens" or "span".
@@ -43,16 +51,14 @@ def head_kind(model: Any, teacher: Any = None, labels: Any = None) -> str:
     Raises:
         SettingError: The head has no logits.
     """
-    task = infer_task(model)
     if task == "feature-extraction":
-        raise SettingError(
-            f"{type(model).__name__} has no head and so no logits to distil. Load it with a head, or give task=."
-        )
+        name = type(config).__name__
+        raise SettingError(f"The student ({name}) has no head and so no logits to distil. Load it with a head.")
     kinds = {"question-answering": "span", "text-generation": "causal_tokens"}
     if task in ("token-classification", *LM_TASKS, "question-answering"):
         return kinds.get(task, "tokens")
-    problem = model.config.problem_type or getattr(getattr(teacher, "config", None), "problem_type", None)
-    if problem == "regression" or (problem is None and model.config.num_labels == 1):
+    problem = config.problem_type or getattr(getattr(teacher, "config", None), "problem_type", None)
+    if problem == "regression" or (problem is None and config.num_labels == 1):
         return "regression"
     if problem == "multi_label_classification" or (
         problem is None and labels is not None and labels.is_floating_point()
@@ -157,26 +163,33 @@ def add_teacher_logits(
         text_columns: Columns of text of raw rows, as in `evaluate`.
 
     Returns:
-        The encoded data set with the column added.
+        The encoded data set with the column added; labels, untouched, are in the column `labels`.
 
     Raises:
         SettingError: A head with logits per token, empty data, logits that are not finite.
     """
-    model, found = prepare_teacher(teacher)
+    model, found = load(teacher)
     processor = processor or found
     task = infer_task(model)
     if task not in ("text-classification", "image-classification"):
         raise SettingError(
             f"Logits are kept for heads with one row per example, not for {task}. Let the teacher run in training."
         )
-    encoded = encode(read_dataset(dataset), model, processor, task, text_columns=text_columns)
+    rows_given = read_dataset(dataset)
+    column = find_label_column(rows_given)  # labels are the student's business: they stay exactly as they are
+    unlabelled = rows_given if column is None else rows_given.remove_columns([column])
+    encoded = encode(unlabelled, model, processor, task, text_columns=text_columns)
     rows: list[list[float]] = [[] for _ in range(len(encoded))]
     accepted = accepted_inputs(model)
-    for numbers, inputs in batches(encoded, model, processor, batch_size, "teacher's logits"):
-        logits = ask_teacher(model, inputs, accepted, {"labels"}).logits.float().cpu()
-        check_finite(logits, "The teacher's logits")
-        for number, row in zip(numbers, logits.tolist(), strict=True):
-            rows[number] = row
+    with eval_mode(model):
+        for numbers, inputs in batches(encoded, model, processor, batch_size, "teacher's logits"):
+            logits = ask_teacher(model, inputs, accepted, set()).logits.float().cpu()
+            check_finite(logits, "The teacher's logits")
+            for number, row in zip(numbers, logits.tolist(), strict=True):
+                rows[number] = row
+    if column is not None:
+        values = rows_given.with_format("arrow")[:][column]
+        encoded = encoded.add_column("labels", values, feature=rows_given.features[column])
     return encoded.add_column(TEACHER_LOGITS, rows)
 
 
@@ -204,7 +217,7 @@ def _check_vocabulary(student: Any, teacher: Any, ours: Any, theirs: Any, task: 
             f"The student predicts {sizes[0]} tokens, the teacher {sizes[1]}; logits of different vocabularies can't "
             f"be matched."
         )
-    own, other = _vocabulary(ours), _vocabulary(theirs or find_processor(teacher))
+    own, other = _vocabulary(ours or find_processor(student)), _vocabulary(theirs or find_processor(teacher))
     if own is not None and other is not None:
         _check_tokenizers(own, other)
     elif None not in sizes and sizes[0] != sizes[1]:

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
 from hfshrink.data import row_lengths
 from hfshrink.distillation.losses import LogitLoss, loss_mask
 from hfshrink.distillation.teacher import (
+    LM_TASKS,
     TEACHER_LOGITS,
     align,
     ask_teacher,
@@ -28,6 +30,11 @@ from hfshrink.measurement import Measurement
 from hfshrink.modules import accepted_inputs, count_parameters
 from hfshrink.record import StepRecord, append_step, config_of, model_name
 
+NO_LABELS = (
+    "{what} has no labels (it has {names}), but label_weight is {weight}. Add labels, or set label_weight=0 to learn "
+    "from "
+    "the teacher alone."
+)
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 
 
@@ -68,9 +75,10 @@ class DistillationMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self.losses: list[Any] = [LogitLoss()] if losses is None else list(losses)
         self.label_weight = label_weight
-        self._loss_sums: dict[str, Tensor] = {}
-        self._logged_step = 0
+        self._loss_sums: dict[str, Tensor] = {}  # of each part, since the last log
+        self._loss_steps = 0  # optimizer steps since the last log
         self._check_signals()
+        self._task = infer_task(self.model)
         self.teacher: Any = None
         self._label_order: Tensor | None = None
         self._teacher_inputs: set[str] = set()
@@ -92,50 +100,55 @@ class DistillationMixin(_Trainer):
             raise SettingError("label_weight and all weights are 0: there is nothing to learn from.")
 
     def _set_teacher(self, teacher: Any) -> None:
-        self.teacher, processor = prepare_teacher(teacher)
-        if self.teacher is self.model:
+        if teacher is self.model:
             raise SettingError(
                 "Teacher and student are the same object. Make a copy, or a smaller one: make_student(teacher, 3)."
             )
+        self.teacher, processor = prepare_teacher(teacher)
         self._label_order = align(self.model, self.teacher, self.processing_class, processor)
         self._teacher_inputs = accepted_inputs(self.teacher)
         if not getattr(self.teacher, "hf_device_map", None) and not getattr(self.teacher, "is_quantized", False):
             self.teacher.to(self.args.device)
 
     def _check_dataset(self) -> None:
-        columns = getattr(self.train_dataset, "column_names", None)
-        if self.train_dataset is None or not isinstance(columns, list):
-            return
+        if not isinstance(self.train_dataset, Dataset):
+            return  # others tell their columns and lengths only while they are read
+        columns = set(self.train_dataset.column_names)
         if len(self.train_dataset) == 0:
             raise SettingError("train_dataset is empty: it has no rows.")
-        inputs = accepted_inputs(self.model) - set(self.label_names)
-        if self.args.remove_unused_columns and not inputs & set(columns):
+        if self.args.remove_unused_columns and not (accepted_inputs(self.model) - set(self.label_names)) & columns:
             raise SettingError(
-                f"train_dataset has the columns {', '.join(columns)}, none of which {type(self.model).__name__} "
-                f"takes. "
-                "Tokenize it first, or set remove_unused_columns=False and let the collator do it."
+                f"train_dataset has the columns {', '.join(sorted(columns))}, none of which "
+                f"{type(self.model).__name__} takes. Tokenize it first, or set remove_unused_columns=False and let "
+                f"the "
+                "collator do it."
             )
+        labels = {*self.label_names, "label", "label_ids"}
+        if self.label_weight and self._task not in LM_TASKS and not labels & columns:  # LM collators make the labels
+            raise SettingError(NO_LABELS.format(what="train_dataset", names=sorted(columns), weight=self.label_weight))
         if "input_ids" in columns:
             check_lengths(max(row_lengths(self.train_dataset)), self.model, self.teacher)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, then add the step to the student's record."""
         start = time.perf_counter()
+        before = self._size()
+        self._loss_sums, self._loss_steps = {}, 0
         output = super().train(*args, **kwargs)
-        self._record_step(time.perf_counter() - start)
+        self._record_step(before, time.perf_counter() - start)
         return output
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation loss in training, the student's own loss in evaluation."""
-        own = self._student_inputs(inputs)
         if not model.training:
-            return super().compute_loss(model, own, return_outputs, num_items_in_batch)
-        label_loss, outputs = self._label_loss(model, own)
-        head = head_kind(self.accelerator.unwrap_model(model), self.teacher, inputs.get("labels"))
-        theirs = self._teacher_outputs(inputs, head)
+            return super().compute_loss(model, self._student_inputs(inputs), return_outputs, num_items_in_batch)
+        inputs = self._with_decoder_inputs(inputs)
+        head = self._head(inputs)
         mask = loss_mask(inputs, head)
+        label_loss, outputs = self._label_loss(model, self._student_inputs(inputs), mask)
+        theirs = self._teacher_outputs(inputs, head)
         parts = {} if label_loss is None else {"labels": (self.label_weight, label_loss)}
         for loss in self.losses:
             if loss.weight:
@@ -147,18 +160,20 @@ class DistillationMixin(_Trainer):
         self._remember({name: value.detach() * share for name, (_, value) in parts.items()})
         return (total, outputs) if return_outputs else total
 
-    def _label_loss(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor | None, Any]:
+    def _head(self, inputs: dict[str, Any]) -> str:
+        return head_kind(self._task, self.model.config, self.teacher, inputs.get("labels"))
+
+    def _label_loss(self, model: Any, inputs: dict[str, Any], mask: Tensor | None) -> tuple[Tensor | None, Any]:
         """The mean of the student's own loss over this batch (label smoothing and `compute_loss_func` included)."""
         has_labels = any(inputs.get(name) is not None for name in self.label_names)
         if not self.label_weight:
             return None, model(**{name: value for name, value in inputs.items() if name not in self.label_names})
         if not has_labels:
-            raise SettingError(
-                f"The batch has no labels (it has {', '.join(inputs)}), but label_weight is {self.label_weight}. "
-                "Add labels, or set label_weight=0 to learn from the teacher alone."
-            )
+            raise SettingError(NO_LABELS.format(what="The batch", names=list(inputs), weight=self.label_weight))
         # Without num_items_in_batch the loss is the mean of this batch, whether or not the model honours it.
         loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, num_items_in_batch=None)
+        if mask is not None and not mask.any():  # a mean of nothing: NaN, though this batch has no share in the step
+            return outputs.logits.sum() * 0.0, outputs
         return loss.mean(), outputs
 
     def _teacher_outputs(self, inputs: dict[str, Any], head: str) -> Any:
@@ -175,10 +190,18 @@ class DistillationMixin(_Trainer):
             outputs.logits = outputs.logits[..., self._label_order.to(outputs.logits.device)]
         return outputs
 
+    def _with_decoder_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Encoder-decoders make their decoder's inputs from the labels.
+
+        The teacher, which sees no labels, needs them.
+        """
+        make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if make is None or inputs.get("labels") is None or "decoder_input_ids" in inputs:
+            return inputs
+        return {**inputs, "decoder_input_ids": make(labels=inputs["labels"])}
+
     def _student_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        only_teacher = (self._teacher_inputs - accepted_inputs(self.accelerator.unwrap_model(self.model))) | {
-            TEACHER_LOGITS
-        }
+        only_teacher = (self._teacher_inputs - accepted_inputs(self.model)) | {TEACHER_LOGITS}
         return {name: value for name, value in inputs.items() if name not in only_teacher}
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -196,13 +219,12 @@ class DistillationMixin(_Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Tensor]:
         """The batches of one optimizer step, and the number of their items on all processes together."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._loss_steps += bool(samples)
         items = torch.tensor(sum(self._count_items(batch) for batch in samples), device=device)
         return samples, self.accelerator.gather(items).sum()
 
     def _count_items(self, inputs: dict[str, Any]) -> int:
-        mask = loss_mask(
-            inputs, head_kind(self.accelerator.unwrap_model(self.model), self.teacher, inputs.get("labels"))
-        )
+        mask = loss_mask(inputs, self._head(inputs))
         if mask is not None:
             return int(mask.sum())
         return len(next(value for value in inputs.values() if isinstance(value, Tensor)))
@@ -222,10 +244,9 @@ class DistillationMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the mean of each loss part since the last log to training logs; evaluation logs stay as they are."""
         if "loss" in logs and self._loss_sums:
-            steps = max(self.state.global_step - self._logged_step, 1)
             for name, value in self._loss_sums.items():
-                logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / steps
-            self._loss_sums, self._logged_step = {}, self.state.global_step
+                logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / max(self._loss_steps, 1)
+            self._loss_sums, self._loss_steps = {}, 0
         super().log(logs, *args, **kwargs)
 
     def _explain_nonfinite(self, student: Any, teacher: Any) -> None:
@@ -237,9 +258,11 @@ class DistillationMixin(_Trainer):
             f"At step {self.state.global_step} the loss is not finite, though all logits are. Check the labels."
         )
 
-    def _record_step(self, seconds: float) -> None:
+    def _size(self) -> Measurement:
         parameters, nonzero = count_parameters(self.model)
-        size = Measurement(parameters=parameters, nonzero_parameters=nonzero)
+        return Measurement(parameters=parameters, nonzero_parameters=nonzero)
+
+    def _record_step(self, before: Measurement, seconds: float) -> None:
         losses = {
             loss.name: {k: v for k, v in vars(loss).items() if isinstance(v, str | int | float | bool)}
             for loss in self.losses
@@ -261,24 +284,21 @@ class DistillationMixin(_Trainer):
                 "label_weight": self.label_weight,
                 **{name: getattr(self.args, name) for name in names},
             },
-            before=size,
-            after=size,
-            results={
-                "train_examples": self.num_examples(self.get_train_dataloader()),
-                "steps": self.state.global_step,
-            },
+            before=before,
+            after=self._size(),
+            results={"train_examples": _count_rows(self.train_dataset), "steps": self.state.global_step},
             seconds=seconds,
             source="Hinton et al. 2015, arXiv:1503.02531",
         )
         base = None if self.teacher is None else model_name(self.teacher)
-        model = self.accelerator.unwrap_model(self.model)
-        append_step(config_of(model), step, base_model=base, task=infer_task(model))
+        append_step(config_of(self.model), step, base_model=base, task=self._task)
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
     """A transformers Trainer with a teacher; see `DistillationMixin` for the extra arguments.
 
     Example:
+        >>> import tempfile
         >>> from datasets import Dataset
         >>> from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
         >>> from hfshrink import make_student
@@ -286,13 +306,18 @@ class DistillationTrainer(DistillationMixin, Trainer):
         >>> teacher = BertForSequenceClassification(config)
         >>> student = make_student(teacher, num_layers=1)
         >>> rows = Dataset.from_dict({"input_ids": [[1, 2], [3, 4]], "labels": [0, 1]})
-        >>> args = TrainingArguments("unused", max_steps=1, report_to="none", save_strategy="no", disable_tqdm=True)
+        >>> settings = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        >>> args = TrainingArguments(tempfile.mkdtemp(), **settings)
         >>> trainer = DistillationTrainer(student, args, teacher=teacher, train_dataset=rows)
         >>> output = trainer.train()  # doctest: +ELLIPSIS
         {'train_runtime': ...
         >>> student.config.hfshrink["history"][-1]["technique"]
         'distill'
     """
+
+
+def _count_rows(dataset: Any) -> int | None:
+    return len(dataset) if hasattr(dataset, "__len__") else None
 
 
 def _has_column(dataset: Any, name: str) -> bool:

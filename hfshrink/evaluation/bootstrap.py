@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hfshrink.evaluation.measures import Measure, share
+from hfshrink.evaluation.measures import Measure
 
 MAX_WEIGHTS = 2**22
 """Weights that are held at a time (32 MB)."""
@@ -93,11 +93,6 @@ def expected_calibration_error(confidences: Any, correct: Any, bins: int = 15) -
     number = np.clip(np.ceil(confidences * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(number, weights=correct - confidences, minlength=bins)
     return float(np.abs(gaps).sum() / len(confidences))
-
-
-def accuracy_of(correct: np.ndarray) -> float:
-    """Share of True in an array of booleans."""
-    return float(share(np.array([correct.sum(), len(correct)], dtype=float)))
 
 
 def _draws(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:

@@ -26,13 +26,17 @@ def measure_footprint(folder: str, sequence_length: int = 128) -> dict[str, int 
     import torch
 
     from hfshrink.inputs import random_inputs
-    from hfshrink.loading import load
+    from hfshrink.loading import load, load_processor
 
     _import_model_code(folder)
+    load_processor(folder)
     gc.collect()
     _reset_peak()
     before = _resident("VmRSS")
     model, processor = load(folder)
+    if isinstance(model, torch.nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.count_nonzero()  # safetensors are mapped: a page counts once it was read
     loaded = _resident("VmRSS")
     with torch.inference_mode():
         model(**random_inputs(model, 1, sequence_length, processor))

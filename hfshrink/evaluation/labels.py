@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hfshrink.data import INPUT_COLUMNS, LANGUAGE_TASKS
 from hfshrink.errors import SettingError
 from hfshrink.labels import IGNORED, check_class_labels, find_label_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-LANGUAGE_TASKS = ("fill-mask", "text-generation", "text2text-generation")
 KINDS = {
     "token-classification": "tokens",
     "question-answering": "answers",
@@ -56,6 +56,10 @@ _LABEL_HELP = {
 
 def _classification_kind(labels: list[Any], config: Any) -> str:
     problem = getattr(config, "problem_type", None)
+    if problem == "single_label_classification" and isinstance(labels[0], list):
+        raise SettingError(
+            "This model chooses one label per row, but the data set has lists of labels. Give one number each."
+        )
     if problem == "multi_label_classification" or isinstance(labels[0], list):
         return "multi_label"
     return "regression" if config.num_labels == 1 or problem == "regression" else "single_label"
@@ -111,6 +115,10 @@ def require_label_column(rows: Dataset, label_column: str | None) -> str:
 def without_class_column(rows: Dataset, label_column: str | None) -> Dataset:
     """Rows for a language model: a class label beside the text is no label of its tokens."""
     found = find_label_column(rows, label_column)
-    if found is None or label_column is not None or isinstance(rows.with_format(None)[0][found], list):
+    if found is None or label_column is not None:
+        return rows
+    first = rows.with_format(None)[0][found]
+    is_text = isinstance(first, str) and not any(name in rows.column_names for name in INPUT_COLUMNS)
+    if is_text or (isinstance(first, list) and all(isinstance(item, int) for item in first)):
         return rows
     return rows.remove_columns([found])

@@ -21,7 +21,8 @@ def read_energy(powercap: Path = POWERCAP) -> dict[str, tuple[int, int]] | None:
     found = {}
     try:
         for zone in sorted(powercap.glob("*rapl:*")):
-            if zone.name.count(":") == 1:  # "intel-rapl:0" is a package, "intel-rapl:0:0" a part of it
+            kind = (zone / "name").read_text(encoding="utf-8").strip()
+            if kind.startswith("package"):  # others are parts of a package, or the platform that holds them all
                 values = ((zone / name).read_text(encoding="utf-8") for name in ("energy_uj", "max_energy_range_uj"))
                 energy, largest = (int(value) for value in values)
                 found[zone.name] = energy, largest

@@ -50,10 +50,12 @@ class Source:
     batch_size: int
     decodes: bool = False  # whether the labels are also the decoder's inputs
 
-    def outputs(self, *, right_padded: bool = False) -> Iterator[tuple[list[int], Batch, Any]]:
-        """(row numbers, inputs, the model's outputs) batch by batch, in eval mode and without gradients."""
-        processor = None if right_padded else self.processor
-        stream = batches(self.encoded, self.model, processor, self.batch_size, "evaluate")
+    def outputs(self) -> Iterator[tuple[list[int], Batch, Any]]:
+        """(row numbers, inputs, the model's outputs) batch by batch, in eval mode and without gradients.
+
+        Padding is always on the right: on the left it would shift the positions of GPT-2 and its like.
+        """
+        stream = batches(self.encoded, self.model, None, self.batch_size, "evaluate")
         with eval_mode(self.model):
             for rows, columns in stream:
                 batch = _with_decoder_inputs(self.model, columns) if self.decodes else columns
@@ -143,7 +145,7 @@ def predict_likelihoods(source: Source, task: str) -> Predictions:
     sums, counts = np.zeros(len(source.encoded)), np.zeros(len(source.encoded))
     is_causal = task == "text-generation"
     # a causal model's positions count from the left: padding there would shift them
-    for rows, batch, outputs in source.outputs(right_padded=is_causal):
+    for rows, batch, outputs in source.outputs():
         labels = _token_labels(batch) if is_causal else batch["labels"]
         logits = getattr(outputs, "logits", None)
         if logits is None or logits.shape[:2] != labels.shape:

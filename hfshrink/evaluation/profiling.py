@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -286,7 +287,7 @@ def _latency(
     walls = sorted(wall for wall, _ in samples)
     return Latency(
         latency_ms_p50=statistics.median(walls),
-        latency_ms_p95=walls[min(len(walls) - 1, int(0.95 * len(walls)))],
+        latency_ms_p95=float(np.quantile(walls, 0.95)),
         cpu_ms=statistics.median(cpu for _, cpu in samples),
         runtime="torch"
         if isinstance(model, nn.Module)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hfshrink.calibration import batches
 from hfshrink.errors import SettingError
-from hfshrink.inputs import eval_mode, random_inputs
+from hfshrink.inputs import eval_mode, model_inputs, random_inputs
 from hfshrink.modules import max_positions
 
 QUANTIZED_OPS = ("MatMul", "Gemm", "Gather")
@@ -29,6 +29,8 @@ QUANTIZED_OPS = ("MatMul", "Gemm", "Gather")
 
 Convolutions lose speed in dynamic mode.
 """
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+TOKEN_TASKS = ("token-classification", "question-answering", "fill-mask", "text-generation", "feature-extraction")
 PARITY_ROWS = 64
 RANDOM_LENGTHS = (4, 16, 64, 128)
 
@@ -132,21 +134,16 @@ def check_parity(model: Any, exported: Any, processor: Any, task: str, calibrati
     else:
         source = "calibration rows"
         feed = batches(calibration, model, processor, batch_size=8, samples=PARITY_ROWS)
-    traced = exported.components["model"].metadata.kwargs
     with torch.inference_mode(), eval_mode(model):
         for batch in feed:
-            inputs = {name: value for name, value in batch.items() if name in traced}
-            expected, got = (_first_output(side(**inputs)).float().cpu() for side in (model, exported))
-            for who, value in (("PyTorch model", expected), ("export", got)):
-                if not torch.isfinite(value).all():
-                    raise SettingError(
-                        f"The {who}'s outputs hold NaN or infinity on {source}. Check the model's weights."
-                    )
-            real = _real_positions(inputs, expected)
-            expected, got = expected[real], got[real]
-            differences.append((expected - got).abs().flatten())
-            if expected.shape[-1] > 1 and task != "feature-extraction":
-                same.append((expected.argmax(-1) == got.argmax(-1)).flatten().float())
+            inputs = model_inputs(exported, batch)
+            outputs, got = model(**inputs), exported(**inputs)
+            for name in (name for name in OUTPUTS if name in outputs):
+                expected, found = (side[name].float().cpu() for side in (outputs, got))
+                _check_finite(expected, found, source)
+                difference, equal = _compare(expected, found, inputs.get("attention_mask"), task)
+                differences.append(difference)
+                same.append(equal)
             rows += len(next(iter(inputs.values())))
     difference = torch.cat(differences)
     return {
@@ -154,7 +151,7 @@ def check_parity(model: Any, exported: Any, processor: Any, task: str, calibrati
         "rows": rows,
         "max_difference": float(difference.max()),
         "mean_difference": float(difference.mean()),
-        "agreement": float(torch.cat(same).mean()) if same else None,
+        "agreement": float(torch.cat(same).mean()) if sum(map(len, same)) else None,
     }
 
 
@@ -194,16 +191,23 @@ def _module_of(node: Any) -> str:
     return scopes[-2] if len(scopes) > 1 else node.name
 
 
-def _first_output(output: Any) -> Tensor:
-    names = ("logits", "start_logits", "last_hidden_state")
-    return next(output[name] for name in names if name in output)
+def _check_finite(expected: Tensor, got: Tensor, source: str) -> None:
+    for who, value in (("PyTorch model", expected), ("export", got)):
+        if not torch.isfinite(value).all():
+            raise SettingError(f"The {who}'s outputs hold NaN or infinity on {source}. Check the model's weights.")
 
 
-def _real_positions(inputs: dict[str, Any], output: Tensor) -> Any:
-    """Index of the outputs that mean something: positions that are not padding, or everything."""
-    mask: Any = inputs.get("attention_mask")
-    per_token = mask is not None and output.dim() >= 2 and output.shape[:2] == mask.shape
-    return mask.bool().cpu() if per_token else slice(None)
+def _compare(expected: Tensor, got: Tensor, mask: Any, task: str) -> tuple[Tensor, Tensor]:
+    """Differences of the outputs that mean something, and which answers are the same (none without classes)."""
+    per_token = task in TOKEN_TASKS and mask is not None and mask.shape == expected.shape[:2]
+    real = mask.bool().cpu() if per_token else torch.ones(expected.shape[: 2 if per_token else 1], dtype=torch.bool)
+    if task == "question-answering" and per_token:  # one answer per row: the position with the largest score
+        lowest = torch.finfo(expected.dtype).min
+        answers = [side.masked_fill(~real, lowest).argmax(-1) for side in (expected, got)]
+        return (expected - got)[real].abs(), (answers[0] == answers[1]).float()
+    if task == "feature-extraction" or expected.shape[-1] == 1:
+        return (expected - got)[real].abs().flatten(), torch.empty(0)
+    return (expected - got)[real].abs().flatten(), (expected.argmax(-1) == got.argmax(-1))[real].float()
 
 
 @contextlib.contextmanager

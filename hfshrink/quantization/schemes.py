@@ -9,10 +9,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError, require
-from hfshrink.loading import infer_task, load
+from hfshrink.loading import EXPORT_MANIFEST, infer_task, load
 from hfshrink.measurement import Measurement
 from hfshrink.modules import count_parameters, head_names, select_modules
 from hfshrink.quantization.onnx import check_parity, export_float, quantize_dynamic, supports_vnni
@@ -79,13 +80,17 @@ def quantize(
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, extra="onnx")
     settings = _settings(calibration=calibration, task=task, exclude=exclude)
+    output_dir = None if output_dir is None else Path(output_dir).expanduser()
+    _check_not_inside(model, output_dir)
     with nullcontext() if output_dir is None else save_aside(output_dir, overwrite=overwrite) as folder:
-        loaded, found = load(model, task, trust_remote_code=trust_remote_code)
+        loaded, found = load(model, task, trust_remote_code=trust_remote_code, **_float32_if_named(model))
         if not isinstance(loaded, nn.Module):
             raise UnsupportedModelError(
                 f"{model} is an export already; quantize the PyTorch model that it was made from."
             )
         processor = processor or found
+        if loaded.dtype != torch.float32:
+            raise SettingError(f"The model is in {loaded.dtype}; quantize from its float32 weights: model.float().")
         step, exported = _export(loaded, scheme, processor, infer_task(loaded, task), exclude, calibration)
         before = dataclasses.replace(step.before, size_bytes=_file_bytes(model, ".safetensors"))
         step = dataclasses.replace(step, settings=settings, before=before)
@@ -99,7 +104,7 @@ def quantize(
         exported.config.save_pretrained(folder)
         if processor is not None:
             processor.save_pretrained(folder)
-    return load(output_dir)[0]
+    return load(output_dir, task, trust_remote_code=trust_remote_code)[0]
 
 
 def _export(
@@ -130,6 +135,20 @@ def _export(
     return step, exported
 
 
+def _check_not_inside(model: Any, output_dir: Path | None) -> None:
+    """Refuse an output folder that is, or holds, the model that is read: replacing it would delete the source."""
+    if output_dir is None or not isinstance(model, str | Path) or not Path(model).is_dir():
+        return
+    if Path(model).resolve().is_relative_to(output_dir.resolve()):
+        raise SettingError(f"output_dir {output_dir} holds the model that is read. Choose another folder.")
+
+
+def _float32_if_named(model: Any) -> dict[str, Any]:
+    """Checkpoints are read in float32, which ONNX Runtime quantizes from; exports and models come as they are."""
+    named = isinstance(model, str | Path) and not (Path(model) / EXPORT_MANIFEST).is_file()
+    return {"dtype": torch.float32} if named else {}
+
+
 def _kept_float(model: Any, exclude: str | Sequence[str] | None) -> list[str]:
     if exclude is None:
         return head_names(model)
@@ -146,8 +165,10 @@ def _file_bytes(folder: Any, *endings: str) -> int | None:
 def _settings(**given: Any) -> dict[str, Any]:
     """The keywords that were given, as JSON holds them; data sets by their type's name."""
     plain = (str, int, float, bool, list, tuple)
-    return {
-        name: value if isinstance(value, plain) else type(value).__name__
-        for name, value in given.items()
-        if value is not None
-    }
+    shown: dict[str, Any] = {}
+    for name, value in given.items():
+        if isinstance(value, str | Path) and Path(value).exists():
+            shown[name] = Path(value).name  # paths of a machine stay out of records
+        elif value is not None:
+            shown[name] = value if isinstance(value, plain) else type(value).__name__
+    return shown

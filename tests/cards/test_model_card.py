@@ -34,7 +34,11 @@ def made(**kwargs):
             "quantize", "onnx-int8", results={"parity": PARITY}, versions={"hfshrink": "0.1.0", "torch": "2.13.0"}
         ),
     )
-    base = Measurement(parameters=22_713_986, size_bytes=90_900_000, scores=(Score("accuracy", 0.8435),))
+    base = Measurement(
+        parameters=22_713_986,
+        size_bytes=90_900_000,
+        scores=(Score("accuracy", 0.8435, dataset="reviews", split="test", examples=2000),),
+    )
     compressed = Measurement(parameters=17_390_594, size_bytes=17_800_000, latency=(latency,), scores=(score,))
     report = CompressionReport("org/base", steps, base, compressed, {"task": "text-classification"})
     return model_card(report, **kwargs)
@@ -68,7 +72,7 @@ model-index:
 
 # base-onnx-int8
 
-org/base made smaller with \[hfshrink\]\(https://pypi\.org/project/hfshrink/\): make_student \(layers\), then distill \(logits\), then quantize \(onnx-int8\)\.
+org/base made smaller with hfshrink: make\\_student \(layers\), then distill \(logits\), then quantize \(onnx-int8\)\.
 
 ## Base against compressed
 
@@ -76,7 +80,7 @@ org/base made smaller with \[hfshrink\]\(https://pypi\.org/project/hfshrink/\): 
 \|-+\|-+\|-+\|-+\|
 \| parameters +\| 22,713,986 +\| 17,390,594 +\| computed \|
 \| size_bytes +\| 90\.9 MB +\| 17\.8 MB +\| measured \|
-\| accuracy +\| 0\.8435 +\| 0\.8415 \[0\.8250, 0\.8570\] +\| measured \|
+\| accuracy \(reviews, test, 2,000 rows\) +\| 0\.8435 +\| 0\.8415 \[0\.8250, 0\.8570\] +\| measured \|
 \| p50 / p95 / CPU \(batch 1, 128 tokens, 1 thread, onnxruntime\) \| not measured \| 5\.20 / 5\.90 / 5\.10 ms +\| measured \|
 
 Intervals are 95 %\. "Computed" was counted from tensors and shapes; "measured" was run on the named device\.
@@ -99,8 +103,8 @@ from transformers\.exporters import ExportedModel
 
 folder = "path/to/this/model"
 model = ExportedModel\.from_pretrained\(folder\)
-tokenizer = AutoTokenizer\.from_pretrained\(folder\)
-logits = model\(\*\*tokenizer\("An example\.", return_tensors="pt"\)\)\.logits
+processor = AutoTokenizer\.from_pretrained\(folder\)
+outputs = model\(\*\*processor\("An example\.", return_tensors="pt"\)\)\.logits
 ```
 
 It runs in ONNX Runtime: `pip install transformers torch onnx onnxscript onnxruntime`\.
@@ -149,3 +153,14 @@ def test_native_models_load_with_their_auto_class(tmp_path):
 def test_untouched_model_has_no_card():
     with pytest.raises(SettingError, match="has no steps: hfshrink did nothing"):
         model_card(tiny.model("bert"))
+
+
+def test_text_of_a_record_can_not_become_markup():
+    evil = "x/y\n---\nlicense: mit\n---\n# Fake <script>alert(1)</script> [link](http://a)"
+    step = StepRecord("quantize", "onnx-int8 | <b>", {"a|b": "<img>"}, versions={"torch": "<i>"})
+    scores = (Score("accuracy<hr>", 0.5, dataset="d\n# e"),)
+    card = model_card(CompressionReport(evil, (step,), compressed=Measurement(scores=scores)))
+    body = card.content.partition("\n# ")[2]
+    assert "<" not in body
+    assert "\n# " not in body.partition("\n")[2].replace("\n## ", "")
+    assert ModelCard(card.content).data.to_dict().get("license") is None

@@ -153,3 +153,24 @@ def test_student_loads_in_a_process_without_hfshrink(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "2"
+
+
+def test_compressed_teacher_is_refused():
+    from hfshrink.checkpoint import set_layers
+    from hfshrink.layers import ResizedLinear
+
+    teacher = deep("bert")
+    layer = teacher.bert.encoder.layer[0]
+    set_layers(
+        teacher,
+        {
+            "bert.encoder.layer.0.intermediate.dense": ResizedLinear.from_dense(
+                layer.intermediate.dense, rows=torch.arange(12)
+            ),
+            "bert.encoder.layer.0.output.dense": ResizedLinear.from_dense(
+                layer.output.dense, columns=torch.arange(12)
+            ),
+        },
+    )
+    with pytest.raises(UnsupportedModelError, match="compressed or quantized layers. Make it dense first"):
+        make_student(teacher, num_layers=2)

@@ -208,6 +208,76 @@ def test_kept_logits_train_like_the_teacher():
     assert all(torch.allclose(value, states[1][name], atol=1e-5) for name, value in states[0].items())
 
 
+def test_kept_logits_leave_the_labels_alone():
+    """Teacher and data set name the labels in different orders: a live teacher and its kept logits must agree."""
+    from datasets import ClassLabel
+
+    states = []
+    for keep in (False, True):
+        student, teacher = pair(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+        teacher.config.id2label, teacher.config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
+        data = rows().cast_column("labels", ClassLabel(names=["no", "yes"]))
+        kept = add_teacher_logits(data, teacher, batch_size=1)
+        assert kept["labels"] == data["labels"]
+        assert all(parameter.requires_grad for parameter in teacher.parameters())
+        trainer(student, teacher, kept if keep else data).train()
+        states.append(student.state_dict())
+    assert all(torch.allclose(value, states[1][name], atol=1e-5) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("labels", ["tokens", "causal"])
+def test_batch_without_any_label_takes_no_part(labels):
+    found = []
+    for masked in (False, True):
+        student, teacher = pair(labels)
+        data = rows(labels=labels)
+        if masked:
+            data = data.map(
+                lambda row, i: {"labels": [-100] * len(row["labels"])} if 4 <= i < 8 else row, with_indices=True
+            )
+        run = trainer(
+            student,
+            teacher,
+            data if masked else data.select([0, 1, 2, 3]),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2 if masked else 1,
+            train_sampling_strategy="sequential",
+            max_steps=1,
+        )
+        run.train()
+        found.append(student.state_dict())
+    assert all(torch.isfinite(value).all() for value in found[1].values())
+    assert all(torch.allclose(value, found[1][name], atol=1e-6) for name, value in found[0].items())
+
+
+def test_encoder_decoder_learns_with_and_without_labels():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    settings = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "decoder_start_token_id": 0}
+    data = Dataset.from_dict({"input_ids": [[3, 4, 5], [6, 7]] * 4, "labels": [[8, 9], [10, 11, 12]] * 4})
+    for label_weight in (0.0, 0.5):
+        models = [T5ForConditionalGeneration(T5Config(**settings, num_layers=n)) for n in (1, 2)]
+        run = trainer(*models, data, label_weight=label_weight, logging_steps=1)
+        run.train()
+        assert run.state.log_history[0]["loss_logits"] > 0
+
+
+def test_streaming_data_trains():
+    student, teacher = pair()
+    run = trainer(student, teacher, rows().to_iterable_dataset())
+    run.train()
+    assert report(student).steps[-1].results == {"train_examples": None, "steps": 2}
+
+
+def test_parts_are_logged_anew_in_a_second_run():
+    student, teacher = pair()
+    run = trainer(student, teacher, rows(), logging_steps=2, learning_rate=0.0)
+    for _ in range(2):
+        run.train()
+        log = run.state.log_history[0]
+        assert log["loss"] == pytest.approx(0.5 * log["loss_labels"] + log["loss_logits"], rel=1e-4)
+
+
 def test_parts_are_logged_in_training_only():
     student, teacher = pair()
     run = DistillationTrainer(
@@ -258,8 +328,10 @@ def test_resumed_run_equals_an_uninterrupted_one():
             run = trainer(fresh, teacher, rows(), **settings)
             run.train(resume_from_checkpoint=str(Path("run-3") / "checkpoint-3"))
             student = fresh
-        states.append((student.state_dict(), run.state.log_history[-1]["train_loss"], run.state.global_step))
+        parts = [log["loss_logits"] for log in run.state.log_history if "loss" in log][-1]
+        states.append((student.state_dict(), parts, run.state.global_step))
     assert states[0][2] == states[1][2] == 6
+    assert states[0][1] == states[1][1]
     assert all(torch.equal(value, states[1][0][name]) for name, value in states[0][0].items())
 
 
@@ -331,7 +403,7 @@ def test_record_survives_saving(tmp_path):
 def test_unlabelled_data_needs_label_weight_zero():
     student, teacher = pair()
     trainer(student, teacher, rows(labels=None), label_weight=0.0).train()
-    with pytest.raises(SettingError, match="batch has no labels .* label_weight is 0.5"):
+    with pytest.raises(SettingError, match="train_dataset has no labels .* label_weight is 0.5"):
         trainer(student, teacher, rows(labels=None)).train()
 
 
@@ -357,7 +429,7 @@ def test_broken_student_is_named():
         ({"losses": [LogitLoss(), LogitLoss()]}, "Each loss must have a name of its own"),
         ({"teacher": None}, "Give teacher=, or a train_dataset with the column 'teacher_logits'"),
         ({"data": Dataset.from_dict({"input_ids": []})}, "train_dataset is empty"),
-        ({"data": Dataset.from_dict({"text": ["a"], "labels": [0]})}, "has the columns text, labels, none of which"),
+        ({"data": Dataset.from_dict({"text": ["a"], "labels": [0]})}, "has the columns labels, text, none of which"),
         (
             {"data": Dataset.from_dict({"input_ids": [[5] * 40], "labels": [0]})},
             "longest row has 40 tokens, .* student reads at most 34",
@@ -378,3 +450,4 @@ def test_student_can_not_be_its_own_teacher():
     student, _ = pair()
     with pytest.raises(SettingError, match="the same object"):
         trainer(student, student, rows())
+    assert all(parameter.requires_grad for parameter in student.parameters())

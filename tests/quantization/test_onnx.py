@@ -238,3 +238,57 @@ def test_missing_runtime_names_the_extra(bert, monkeypatch):
 def test_manifest_is_plain_json(bert, tmp_path):
     quantize(bert, "onnx-fp32", output_dir=tmp_path / "out")
     assert json.loads((tmp_path / "out" / "export.json").read_text())["export_format"] == "onnx"
+
+
+def test_source_is_never_replaced(bert, tmp_path):
+    bert.save_pretrained(tmp_path / "all" / "model")
+    for target in (tmp_path / "all" / "model", tmp_path / "all"):
+        with pytest.raises(SettingError, match="holds the model that is read"):
+            quantize(tmp_path / "all" / "model", "onnx-int8", output_dir=target, overwrite=True)
+    assert (tmp_path / "all" / "model" / "model.safetensors").is_file()
+
+
+def test_half_precision_folders_are_read_as_float32(bert, tmp_path):
+    tiny.model("bert").to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert report(quantize(tmp_path / "model", "onnx-int8")).steps[-1].modules
+    with pytest.raises(SettingError, match=r"model is in torch.bfloat16; .* model.float\(\)"):
+        quantize(tiny.model("bert").to(torch.bfloat16), "onnx-int8")
+
+
+@pytest.mark.parametrize("output", ["start_logits", "end_logits"])
+def test_parity_looks_at_every_row_and_output_of_question_answering(output):
+    model = tiny.model("bert", "question-answering")
+    exported = export_float(model)
+    assert check_parity(model, exported, None, "question-answering")["agreement"] == 1.0
+
+    class Wrong:
+        components, device = exported.components, exported.device
+
+        def __call__(self, **inputs):
+            outputs = exported(**inputs)
+            outputs[output] = -outputs[output]
+            return outputs
+
+    parity = check_parity(model, Wrong(), None, "question-answering")
+    assert parity["agreement"] < 0.7
+    assert parity["max_difference"] > 0.1
+
+
+def test_parity_of_as_many_labels_as_tokens():
+    """Logits (batch, 16) of rows of 16 tokens are classes, not positions."""
+    model = tiny.model("bert", num_labels=16)
+    parity = check_parity(model, export_float(model), None, "text-classification")
+    assert (parity["agreement"], parity["rows"]) == (1.0, 1 + 2 + 3)
+
+
+def test_calibration_without_an_input_of_the_graph(fp32, bert):
+    with pytest.raises(SettingError, match="lacks .*token_type_ids"):
+        check_parity(bert, fp32, None, "text-classification", [{"input_ids": torch.tensor([[5, 6]])}])
+
+
+def test_record_names_files_without_their_path(bert, tmp_path):
+    data = {"input_ids": [[5, 6, 7]], "attention_mask": [[1, 1, 1]], "token_type_ids": [[0, 0, 1]]}
+    Dataset.from_dict(data).save_to_disk(tmp_path / "rows")
+    step = report(quantize(bert, "onnx-fp32", calibration=str(tmp_path / "rows"))).steps[-1]
+    assert step.settings["calibration"] == "rows"
+    assert str(tmp_path) not in json.dumps(step.settings)
