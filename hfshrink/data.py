@@ -84,7 +84,7 @@ def encode(
     label_column = find_label_column(dataset, label_column)
     labels = None if label_column is None else model_labels(dataset, label_column, model)
     if any(name in dataset.column_names for name in INPUT_COLUMNS):
-        unused = [name for name in (label_column, "labels") if name in dataset.column_names]
+        unused = [name for name in dataset.column_names if name in (label_column, "labels")]
         encoded = dataset.remove_columns(unused)
     elif processor is None:
         raise SettingError(

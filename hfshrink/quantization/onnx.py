@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hfshrink.calibration import batches
-from hfshrink.errors import SettingError
+from hfshrink.errors import MissingDependencyError, SettingError
 from hfshrink.inputs import eval_mode, model_inputs, random_inputs
 from hfshrink.modules import max_positions
 
@@ -58,7 +58,11 @@ def export_float(model: Any, processor: Any = None) -> Any:
         axes["pixel_values"] = {0: torch.export.Dim.AUTO}
     flags: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", False) else {}
     with _quiet(), eval_mode(model):
-        exported = OnnxExporter().export(model, {**inputs, **flags}, OnnxConfig(dynamic=True, dynamic_shapes=axes))
+        try:
+            exporter = OnnxExporter()
+        except ImportError as error:  # it names the package and the version that it needs
+            raise MissingDependencyError(f"{error} Or install: pip install 'hfshrink[onnx]'") from error
+        exported = exporter.export(model, {**inputs, **flags}, OnnxConfig(dynamic=True, dynamic_shapes=axes))
     exported.config = copy.deepcopy(model.config)  # the exporter hands out the model's own object
     if hasattr(exported.config, "quantization_config"):  # a layer map describes PyTorch modules, not this graph
         del exported.config.quantization_config

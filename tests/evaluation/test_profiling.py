@@ -165,10 +165,21 @@ def test_settings_out_of_range(settings, message):
         profile(tiny.model("bert"), memory=False, **settings)
 
 
+@pytest.mark.slow
+def test_loaded_bytes_hold_at_least_the_weights(tmp_path):
+    """Safetensors are mapped, not read: without touching the pages a model would seem to need no memory."""
+    tiny.model("bert", hidden_size=512, intermediate_size=2048, vocab_size=20_000).save_pretrained(tmp_path)
+    found = profile(tmp_path, sequence_length=4, batch_sizes=(1,), repeats=1)
+    assert 0.9 * found.memory_bytes <= found.loaded_bytes <= 1.5 * found.memory_bytes
+    assert found.peak_memory_bytes >= found.loaded_bytes
+
+
 def test_energy_counters(tmp_path):
     assert read_energy(tmp_path) is None
-    for zone, value in (("intel-rapl:0", 5), ("intel-rapl:0:0", 3), ("intel-rapl:1", 7)):
+    zones = {"intel-rapl:0": ("package-0", 5), "intel-rapl:0:0": ("core", 3), "intel-rapl:1": ("package-1", 7)}
+    for zone, (kind, value) in {**zones, "intel-rapl:2": ("psys", 12)}.items():  # the platform holds the packages
         (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{kind}\n")
         (tmp_path / zone / "energy_uj").write_text(f"{value}\n")
         (tmp_path / zone / "max_energy_range_uj").write_text("100\n")
     assert read_energy(tmp_path) == {"intel-rapl:0": (5, 100), "intel-rapl:1": (7, 100)}

@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from sklearn import metrics as sk
 from transformers import BartConfig, BartForConditionalGeneration
 
@@ -337,3 +338,37 @@ def test_bad_data_and_settings(sentences, token_rows, tokenizer):
         evaluate(tiny.model("gpt2"), datasets.Dataset.from_dict({"input_ids": [[5], [6]]}))
     with pytest.raises(UnsupportedModelError, match="no head for this task"):
         evaluate(tiny.model("bert", "feature-extraction"), sentences, processor=tokenizer, task="text-classification")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"input_ids": [[5] * 40], "labels": [0]}, "Row 0 has 40 tokens, but the model reads at most 34"),
+        ({"input_ids": [[5], []], "labels": [0, 1]}, "Row 1 has no tokens"),
+        ({"input_ids": [[5, 999]], "labels": [0]}, r"input_ids must lie in 0\.\.\d+ for this model, got 5\.\.999"),
+        ({"text": ["good", None], "label": [0, 1]}, r"column 'text' must hold text, got None \(NoneType\)"),
+        ({"text": ["good"], "label": [None]}, "row without label"),
+    ],
+)
+def test_rows_that_the_model_can_not_read_are_named(data, message):
+    with pytest.raises(SettingError, match=message):
+        evaluate(tiny.model("bert"), Dataset.from_dict(data), processor=tiny.tokenizer())
+
+
+def test_empty_lines_of_a_text_are_skipped():
+    model = tiny.model("gpt2")
+    full = evaluate(model, Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]]}))
+    gaps = evaluate(model, Dataset.from_dict({"input_ids": [[], [5, 6, 7], [], [8, 9]]}))
+    assert gaps.main.value == full.main.value
+
+
+def test_padding_side_of_the_tokenizer_changes_nothing():
+    model, tokenizer = tiny.model("gpt2", "text-classification"), tiny.tokenizer()
+    rows = Dataset.from_dict(
+        {"text": ["a good film", "bad", "the very long boring movie was not good"], "label": [0, 1, 0]}
+    )
+    found = []
+    for side, size in (("right", 1), ("left", 3)):
+        tokenizer.padding_side = side
+        found.append(evaluate(model, rows, processor=tokenizer, batch_size=size).output.confidences)
+    assert np.allclose(found[0], found[1], atol=1e-5)
