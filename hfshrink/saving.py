@@ -55,7 +55,10 @@ def save_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise CheckpointError(f"Can't write {target}: {error}. Choose another folder.") from error
     try:
-        yield aside
+        try:
+            yield aside
+        except OSError as error:  # a full disk, most likely
+            raise CheckpointError(f"Can't write {target}: {error}. It is as it was.") from error
         try:
             _move_into_place(aside, target, overwrite)
         except OSError as error:

@@ -351,3 +351,16 @@ class TestSaveAside:
         assert (outside / "precious").exists()
         self.write(parent / "model", overwrite=True)
         assert self.names(parent) == sorted([*kept, "model"])
+
+
+def test_full_disk_leaves_the_target_as_it_was(tmp_path):
+    from hfshrink.saving import save_aside
+
+    def write():
+        with save_aside(tmp_path / "out") as aside:
+            (aside / "half").write_text("x")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"Can't write .*out: .*No space left.* It is as it was"):
+        write()
+    assert list(tmp_path.iterdir()) == []
