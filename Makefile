@@ -28,6 +28,7 @@ format: $(VENV)/ready
 bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about an hour on 2 cores)
 	$(RUN) benchmarks/main_job.py
 	$(RUN) benchmarks/step_overhead.py
+	$(RUN) benchmarks/read_by_optimum.py runs/main_job/seed-0/int8
 	$(MAKE) docs
 
 docs: $(VENV)/ready  ## docs/api.md from the docstrings, README's table from benchmarks/results

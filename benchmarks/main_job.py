@@ -115,10 +115,8 @@ def report(correct, costs):
     text = table(header, rows) + "\n\n" + table(("pair", "points", "95 % interval"), paired)
     text += (
         f"\n\nMovie reviews, {stacked['teacher'].shape[1]:,} test rows that chose nothing. CPU ms: one forward pass, "
-        f"batch 1, "
-        "128 tokens, one thread, interleaved. Speed-ups are against the teacher's floats in the same runtime. "
-        "Intervals "
-        "resample seeds and rows, paired."
+        "batch 1, 128 tokens, one thread, interleaved. Speed-ups are against the teacher's floats in the same "
+        "runtime. Intervals resample seeds and rows, paired."
     )
     save("main_job", {"models": models, "differences": differences, "seeds": len(correct)}, text)
 

@@ -30,7 +30,6 @@ from hfshrink.layers import LAYER_KINDS, CompressedLayer, ResizedLinear, empty_l
 from hfshrink.measurement import Measurement
 from hfshrink.modules import count_parameters, replace_module
 from hfshrink.record import StepRecord, append_step, config_of
-from hfshrink.saving import save_aside as save_aside  # for writers of checkpoints
 
 METHOD = "hfshrink"
 FORMAT_VERSION = 1
@@ -86,8 +85,8 @@ class HfshrinkQuantizer(HfQuantizer):
     def validate_environment(self, *_: Any, **__: Any) -> None:
         if not self.pre_quantized:
             raise CheckpointError(
-                "quantization_config=HfshrinkConfig(…) can't compress while loading. Load the model without it, then "
-                "compress it."
+                "quantization_config=HfshrinkConfig(…) can't compress while loading. Load the model without it, "
+                "then compress it."
             )
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:

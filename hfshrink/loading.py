@@ -240,7 +240,6 @@ def _check_complete(source: str, model: Any, config: Any, info: dict[str, Any]) 
     if own_class or len(head) != len(missing):
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …), which would be random: it "
-            f"is "
-            "half-written, or was saved with parametrized weights."
+            "is half-written, or was saved with parametrized weights."
         )
     logger.warning("%s has no head for this task; %s are random until they are trained.", source, ", ".join(head))

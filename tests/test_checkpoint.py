@@ -21,11 +21,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import cuts
 import tiny
 from hfshrink import checkpoint
-from hfshrink.checkpoint import HfshrinkConfig, layer_map, save_aside, set_layers, to_dense
+from hfshrink.checkpoint import HfshrinkConfig, layer_map, set_layers, to_dense
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.layers import LowRankLinear, ResizedLinear
 from hfshrink.loading import load
 from hfshrink.record import report
+from hfshrink.saving import save_aside
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 SPEC = {"kind": "low_rank", "in_features": 16, "out_features": 16, "rank": 4, "bias": True}
@@ -354,8 +355,6 @@ class TestSaveAside:
 
 
 def test_full_disk_leaves_the_target_as_it_was(tmp_path):
-    from hfshrink.saving import save_aside
-
     def write():
         with save_aside(tmp_path / "out") as aside:
             (aside / "half").write_text("x")

@@ -117,8 +117,7 @@ class LogitLoss:
         if ours.shape != theirs.shape:
             raise SettingError(
                 f"The student's logits have shape {tuple(ours.shape)}, the teacher's {tuple(theirs.shape)}; they "
-                f"must match. "
-                "Do both read the same tokens and have the same labels?"
+                "must match. Do both read the same tokens and have the same labels?"
             )
         if head == "regression":
             return mean_squared_error(ours, theirs)

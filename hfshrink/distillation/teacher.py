@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfshrink.data import batches, encode, read_dataset
+from hfshrink.data import LANGUAGE_TASKS, batches, encode, read_dataset
 from hfshrink.errors import SettingError
 from hfshrink.inputs import eval_mode
 from hfshrink.labels import find_label_column
@@ -19,7 +19,6 @@ logger = logging.getLogger(__name__)
 
 TEACHER_LOGITS = "teacher_logits"  # the data set column that stands in for a teacher
 CLASS_TASKS = ("text-classification", "token-classification", "image-classification")
-LM_TASKS = ("fill-mask", "text-generation", "text2text-generation")
 
 
 def prepare_teacher(teacher: Any) -> tuple[nn.Module, Any]:
@@ -55,7 +54,7 @@ def head_kind(task: str, config: Any, teacher: Any = None, labels: Any = None) -
         name = type(config).__name__
         raise SettingError(f"The student ({name}) has no head and so no logits to distil. Load it with a head.")
     kinds = {"question-answering": "span", "text-generation": "causal_tokens"}
-    if task in ("token-classification", *LM_TASKS, "question-answering"):
+    if task in ("token-classification", *LANGUAGE_TASKS, "question-answering"):
         return kinds.get(task, "tokens")
     problem = config.problem_type or getattr(getattr(teacher, "config", None), "problem_type", None)
     if problem == "regression" or (problem is None and config.num_labels == 1):
@@ -212,10 +211,10 @@ def _fitted(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 def _check_vocabulary(student: Any, teacher: Any, ours: Any, theirs: Any, task: str) -> None:
     sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (student, teacher)]
-    if sizes[0] != sizes[1] and task in LM_TASKS:
+    if sizes[0] != sizes[1] and task in LANGUAGE_TASKS:
         raise SettingError(
             f"The student predicts {sizes[0]} tokens, the teacher {sizes[1]}; logits of different vocabularies can't "
-            f"be matched."
+            "be matched."
         )
     own, other = _vocabulary(ours or find_processor(student)), _vocabulary(theirs or find_processor(teacher))
     if own is not None and other is not None:
@@ -223,9 +222,8 @@ def _check_vocabulary(student: Any, teacher: Any, ours: Any, theirs: Any, task: 
     elif None not in sizes and sizes[0] != sizes[1]:
         raise SettingError(
             f"The student's vocabulary has {sizes[0]} entries, the teacher's {sizes[1]}: they do not read the same "
-            f"token ids. If they "
-            "share a tokenizer, prove it: pass processing_class= and give the teacher as a folder or Hub id with its "
-            "tokenizer."
+            "token ids. If they share a tokenizer, prove it: pass processing_class= and give the teacher as a "
+            "folder or Hub id with its tokenizer."
         )
 
 
@@ -235,9 +233,8 @@ def _check_tokenizers(ours: dict[str, int], theirs: dict[str, int]) -> None:
     token = next(t for t in sorted({**ours, **theirs}) if ours.get(t) != theirs.get(t))
     raise SettingError(
         f"Student and teacher have different tokenizers ({len(ours)} and {len(theirs)} entries; for instance "
-        f"{token!r} is "
-        f"{ours.get(token)} for the student and {theirs.get(token)} for the teacher). Take a student with the "
-        f"teacher's tokenizer."
+        f"{token!r} is {ours.get(token)} for the student and {theirs.get(token)} for the teacher). Take a student "
+        "with the teacher's tokenizer."
     )
 
 

@@ -12,10 +12,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
-from hfshrink.data import row_lengths
+from hfshrink.data import LANGUAGE_TASKS, row_lengths
 from hfshrink.distillation.losses import LogitLoss, loss_mask
 from hfshrink.distillation.teacher import (
-    LM_TASKS,
     TEACHER_LOGITS,
     align,
     ask_teacher,
@@ -32,8 +31,7 @@ from hfshrink.record import StepRecord, append_step, config_of, model_name
 
 NO_LABELS = (
     "{what} has no labels (it has {names}), but label_weight is {weight}. Add labels, or set label_weight=0 to learn "
-    "from "
-    "the teacher alone."
+    "from the teacher alone."
 )
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 
@@ -120,11 +118,12 @@ class DistillationMixin(_Trainer):
             raise SettingError(
                 f"train_dataset has the columns {', '.join(sorted(columns))}, none of which "
                 f"{type(self.model).__name__} takes. Tokenize it first, or set remove_unused_columns=False and let "
-                f"the "
-                "collator do it."
+                "the collator do it."
             )
         labels = {*self.label_names, "label", "label_ids"}
-        if self.label_weight and self._task not in LM_TASKS and not labels & columns:  # LM collators make the labels
+        if (
+            self.label_weight and self._task not in LANGUAGE_TASKS and not labels & columns
+        ):  # LM collators make the labels
             raise SettingError(NO_LABELS.format(what="train_dataset", names=sorted(columns), weight=self.label_weight))
         if "input_ids" in columns:
             check_lengths(max(row_lengths(self.train_dataset)), self.model, self.teacher)
@@ -153,7 +152,7 @@ class DistillationMixin(_Trainer):
         for loss in self.losses:
             if loss.weight:
                 parts[loss.name] = (loss.weight, loss(outputs, theirs, head=head, mask=mask))
-        share = self._share(inputs, num_items_in_batch)
+        share = self._share(_count_items(inputs, mask), num_items_in_batch)
         total = sum(weight * value for weight, value in parts.values()) * share
         if not torch.isfinite(total):
             self._explain_nonfinite(outputs, theirs)
@@ -220,20 +219,14 @@ class DistillationMixin(_Trainer):
         """The batches of one optimizer step, and the number of their items on all processes together."""
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._loss_steps += bool(samples)
-        items = torch.tensor(sum(self._count_items(batch) for batch in samples), device=device)
-        return samples, self.accelerator.gather(items).sum()
+        counts = [_count_items(batch, loss_mask(batch, self._head(batch))) for batch in samples]
+        return samples, self.accelerator.gather(torch.tensor(sum(counts), device=device)).sum()
 
-    def _count_items(self, inputs: dict[str, Any]) -> int:
-        mask = loss_mask(inputs, self._head(inputs))
-        if mask is not None:
-            return int(mask.sum())
-        return len(next(value for value in inputs.values() if isinstance(value, Tensor)))
-
-    def _share(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
+    def _share(self, items: int, num_items_in_batch: Any) -> Any:
         """Weight of this batch's mean; the processes' gradients are averaged afterwards, hence their number."""
         if num_items_in_batch is None:
             return 1.0 / self.current_gradient_accumulation_steps
-        return self._count_items(inputs) * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        return items * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
 
     # -- logs and the record
 
@@ -314,6 +307,13 @@ class DistillationTrainer(DistillationMixin, Trainer):
         >>> student.config.hfshrink["history"][-1]["technique"]
         'distill'
     """
+
+
+def _count_items(inputs: dict[str, Any], mask: Tensor | None) -> int:
+    """Examples of a batch, or positions that count where the head answers per token."""
+    if mask is not None:
+        return int(mask.sum())
+    return len(next(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
 def _count_rows(dataset: Any) -> int | None:

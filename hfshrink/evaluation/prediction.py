@@ -46,7 +46,6 @@ class Source:
 
     model: Any
     encoded: Dataset
-    processor: Any
     batch_size: int
     decodes: bool = False  # whether the labels are also the decoder's inputs
 

@@ -231,7 +231,7 @@ def evaluate_loaded(
     kind, references = find_references(task, encoded, config_of(model))
     top = _top(task, kind, config_of(model))
     measures = resolve_measures(metric, kind, top)
-    source = Source(model, encoded, processor, batch_size, decodes=task == "text2text-generation")
+    source = Source(model, encoded, batch_size, decodes=task == "text2text-generation")
     output = _predict(source, kind, references, task, top)
     return _evaluation(task, kind, output, measures, _class_scores(kind, output, config_of(model)), name)
 
@@ -251,7 +251,7 @@ def _answer(model: Any, rows: Dataset, tokenizer: Any, max_length: int | None, b
     answers = read_answers(rows)
     windows, window_rows, spans = split_windows(rows, tokenizer, model, max_length)
     contexts = list(rows.with_format(None)["context"])
-    return predict_answers(Source(model, windows, tokenizer, batch_size), window_rows, spans, contexts, answers)
+    return predict_answers(Source(model, windows, batch_size), window_rows, spans, contexts, answers)
 
 
 def _evaluation(

@@ -95,8 +95,7 @@ def quantize_dynamic(
     if not changed:
         raise SettingError(
             f"There is nothing to quantize: no {', '.join(QUANTIZED_OPS)} with constant weights outside "
-            f"{list(kept_float)}. Dynamic "
-            "int8 is for transformers; convolutional networks need a static scheme."
+            f"{list(kept_float)}. Dynamic int8 is for transformers; convolutional networks need a static scheme."
         )
     config = OnnxRuntimeDynamicConfig(
         op_types_to_quantize=list(QUANTIZED_OPS),
@@ -111,6 +110,8 @@ def quantize_dynamic(
     done = sum(node.op_type in ("MatMulInteger", "DequantizeLinear") for node in program.graph)
     if done == 0:
         raise SettingError(f"ONNX Runtime quantized none of {len(changed)} nodes: {', '.join(changed[:5])}.")
+    if done < len(changed):
+        logger.warning("ONNX Runtime quantized %d of %d nodes; the others stay float.", done, len(changed))
     components = {"model": ExportedComponent(program, component.metadata)}
     return ExportedModel(components, exported.export_format, config=exported.config), sorted(set(changed))
 
