@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 import assets
 import hfshrink
-from hfshrink.distillation import add_teacher_logits
+from hfshrink.distillation import cache_teacher
 from hfshrink.evaluation import measure_latencies
 from hfshrink.measurement import Measurement
 from hfshrink.saving import save_aside
@@ -81,7 +81,7 @@ def train_students(teacher, tokenizer, rows, seed, output):
     plain = hfshrink.make_student(teacher, num_layers=3)
     train(plain, rows, tokenizer, seed, learning_rate=PLAIN_RATE, **STUDENT)
     distilled = hfshrink.make_student(teacher, num_layers=3)
-    taught = add_teacher_logits(rows, teacher)  # the teacher runs once, not in every epoch
+    taught = cache_teacher(rows, teacher)  # the teacher runs once, not in every epoch
     how = {"losses": [hfshrink.LogitLoss(temperature=2.0)], "label_weight": 0.5}
     train(
         distilled, taught, tokenizer, seed, hfshrink.DistillationTrainer, how, learning_rate=DISTILLED_RATE, **STUDENT

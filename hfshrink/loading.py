@@ -101,6 +101,8 @@ def infer_task(model: Any, task: str | None = None) -> str:
     tasks = _tasks_of(names[0])
     if not tasks and is_torch_model:
         tasks = _ask_optimum(model)
+    if not tasks and is_torch_model:  # a subclass: the user's, or what sharding makes of a class
+        tasks = next((found for base in type(model).__mro__[1:] if (found := _tasks_of(base.__name__))), [])
     if len(tasks) != 1:
         what = "fits no task that hfshrink knows" if not tasks else f"fits several tasks ({', '.join(tasks)})"
         raise UnsupportedModelError(f"The architecture {names[0]} {what}. Give task=, one of: {', '.join(TASKS)}.")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
-collect_ignore = ["distillation/ddp_run.py"]  # a script that a test starts
+collect_ignore = ["distillation/training/ddp_run.py"]  # a script that a test starts
 
 
 @pytest.fixture(autouse=True)

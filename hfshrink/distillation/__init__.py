@@ -1,20 +1,17 @@
 """Distillation: losses, teachers, students, and the Trainer that brings them together."""
 
-from hfshrink.distillation.losses import LogitLoss, binary_cross_entropy, kl_divergence, mean_squared_error
-from hfshrink.distillation.student import make_student, spread_layers
-from hfshrink.distillation.teacher import add_teacher_logits, align, label_order
-from hfshrink.distillation.trainer import DistillationMixin, DistillationTrainer
+from hfshrink.distillation.losses.inside import AttentionLoss, FeatureMapLoss, HiddenLoss, RelationLoss
+from hfshrink.distillation.losses.logits import CrossTokenizerLoss, DecoupledLoss, LogitLoss
+from hfshrink.distillation.students.making import make_student
+from hfshrink.distillation.teachers.cache import cache_teacher
+from hfshrink.distillation.teachers.self_teaching import DeepToShallowLoss
+from hfshrink.distillation.texts.augmentation import augment
+from hfshrink.distillation.texts.filtering import filter_by_teacher
+from hfshrink.distillation.texts.on_policy import OnPolicy
+from hfshrink.distillation.texts.synthesis import generate_texts, mutate_texts
+from hfshrink.distillation.training.run import distill
+from hfshrink.distillation.training.trainer import DistillationMixin, DistillationTrainer
 
-__all__ = [
-    "DistillationMixin",
-    "DistillationTrainer",
-    "LogitLoss",
-    "add_teacher_logits",
-    "align",
-    "binary_cross_entropy",
-    "kl_divergence",
-    "label_order",
-    "make_student",
-    "mean_squared_error",
-    "spread_layers",
-]
+__all__ = ["AttentionLoss", "CrossTokenizerLoss", "DecoupledLoss", "DeepToShallowLoss", "DistillationMixin"]
+__all__ += ["DistillationTrainer", "FeatureMapLoss", "HiddenLoss", "LogitLoss", "OnPolicy", "RelationLoss", "augment"]
+__all__ += ["cache_teacher", "distill", "filter_by_teacher", "generate_texts", "make_student", "mutate_texts"]

@@ -6,88 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer
 
 import tiny
 from hfshrink import DistillationMixin, DistillationTrainer, LogitLoss, report
-from hfshrink.distillation import add_teacher_logits, kl_divergence
+from hfshrink.distillation import cache_teacher
+from hfshrink.distillation.losses.divergences import kl_divergence
 from hfshrink.errors import SettingError
-
-
-def arguments(**kwargs):
-    return TrainingArguments(
-        **{
-            "output_dir": "out",
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            "learning_rate": 1e-2,
-            "per_device_train_batch_size": 4,
-            "max_steps": 2,
-            "optim": "sgd",  # Adam turns rounding errors of tiny gradients into whole steps
-            **kwargs,
-        }
-    )
-
-
-def rows(count=16, labels="class", length=6, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, tiny.VOCABULARY, (count, length), generator=generator).tolist()
-    ids = [
-        row[: 2 + i % (length - 1)] for i, row in enumerate(ids)
-    ]  # lengths differ, so that means of means would be wrong
-    made = {
-        "class": [i % 2 for i in range(count)],
-        "regression": [float(i) / count for i in range(count)],
-        "multi": [[float(i % 2), float(i % 3 == 0)] for i in range(count)],
-        "tokens": [[-100 if j == 0 else (i + j) % 2 for j in range(len(row))] for i, row in enumerate(ids)],
-        "causal": ids,
-    }
-    data = {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
-    return Dataset.from_dict(data if labels is None else {**data, "labels": made[labels]})
-
-
-def collate(batch):
-    from hfshrink.data import collate as stack
-
-    return stack({name: [row[name] for row in batch] for name in batch[0]}, tiny.model("bert"))
-
-
-HEADS = {
-    "class": ("bert", "text-classification", {}),
-    "regression": ("bert", "text-classification", {"num_labels": 1}),
-    "multi": ("bert", "text-classification", {"problem_type": "multi_label_classification"}),
-    "tokens": ("bert", "token-classification", {}),
-    "causal": ("llama", "text-generation", {}),
-}
-
-
-def no_dropout(family):
-    if family == "llama":
-        return {}
-    return {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-def pair(labels="class", **config):
-    family, task, extra = HEADS[labels]
-    settings = {**no_dropout(family), **extra, **config}
-    return tiny.model(family, task, seed=1, num_hidden_layers=1, **settings), tiny.model(
-        family, task, seed=2, **settings
-    )
-
-
-def trainer(student, teacher, data, cls=DistillationTrainer, losses=None, label_weight=0.5, **kwargs):
-    return cls(
-        student,
-        arguments(**kwargs),
-        teacher=teacher,
-        losses=losses,
-        label_weight=label_weight,
-        train_dataset=data,
-        data_collator=collate,
-    )
+from training import HEADS, arguments, collate, no_dropout, pair, rows, trainer
 
 
 def gradients_of_one_step(labels, per_device, accumulation, **kwargs):
@@ -202,7 +128,7 @@ def test_kept_logits_train_like_the_teacher():
     states = []
     for keep in (False, True):
         student, teacher = pair()
-        data = add_teacher_logits(rows(), teacher, batch_size=1) if keep else rows()
+        data = cache_teacher(rows(), teacher, batch_size=1) if keep else rows()
         trainer(student, None if keep else teacher, data).train()
         states.append(student.state_dict())
     assert all(torch.allclose(value, states[1][name], atol=1e-5) for name, value in states[0].items())
@@ -217,7 +143,7 @@ def test_kept_logits_leave_the_labels_alone():
         student, teacher = pair(id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
         teacher.config.id2label, teacher.config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
         data = rows().cast_column("labels", ClassLabel(names=["no", "yes"]))
-        kept = add_teacher_logits(data, teacher, batch_size=1)
+        kept = cache_teacher(data, teacher, batch_size=1)
         assert kept["labels"] == data["labels"]
         assert all(parameter.requires_grad for parameter in teacher.parameters())
         trainer(student, teacher, kept if keep else data).train()
@@ -278,23 +204,68 @@ def test_parts_are_logged_anew_in_a_second_run():
         assert log["loss"] == pytest.approx(0.5 * log["loss_labels"] + log["loss_logits"], rel=1e-4)
 
 
-def test_parts_are_logged_in_training_only():
-    student, teacher = pair()
+def test_evaluation_tells_of_both_sides():
+    """Agreement, both accuracies and the loss part, against a recomputation over the whole set."""
+    student, teacher = pair(num_labels=3)
+    held_out = rows(10, seed=1)
+    seen = {}
+
+    def metrics(found):
+        seen[len(seen)] = found.predictions
+        return {"share_of_class_0": float((found.predictions.argmax(-1) == 0).mean())}
+
     run = DistillationTrainer(
         student,
-        arguments(logging_steps=1, eval_strategy="steps", eval_steps=1),
+        arguments(per_device_eval_batch_size=4),
         teacher=teacher,
         train_dataset=rows(),
-        eval_dataset=rows(8, seed=1),
+        eval_dataset=held_out,
+        data_collator=collate,
+        compute_metrics=metrics,
+    )
+    got = run.evaluate()
+    batch = collate([held_out[i] for i in range(10)])
+    x, y = tiny.logits(student, batch), tiny.logits(teacher, batch)
+    labels = batch["labels"]
+    assert got["eval_agreement"] == pytest.approx((x.argmax(-1) == y.argmax(-1)).float().mean().item())
+    assert got["eval_accuracy"] == pytest.approx((x.argmax(-1) == labels).float().mean().item())
+    assert got["eval_teacher_accuracy"] == pytest.approx((y.argmax(-1) == labels).float().mean().item())
+    assert got["eval_loss_logits"] == pytest.approx(kl_divergence(x, y, 2.0).item(), rel=1e-4)
+    assert got["eval_teacher_share_of_class_0"] == pytest.approx((y.argmax(-1) == 0).float().mean().item())
+    assert torch.allclose(torch.as_tensor(seen[1]), y, atol=1e-5)
+    again = run.evaluate()
+    assert {k: v for k, v in again.items() if "second" not in k and "time" not in k} == {
+        k: v for k, v in got.items() if "second" not in k and "time" not in k
+    }
+
+
+@pytest.mark.parametrize("labels", ["regression", "multi", "tokens", "causal"])
+def test_agreement_of_every_head(labels):
+    student, teacher = pair(labels)
+    held_out = rows(8, labels, seed=1)
+    run = DistillationTrainer(
+        student,
+        arguments(),
+        teacher=teacher,
+        train_dataset=rows(labels=labels),
+        eval_dataset=held_out,
         data_collator=collate,
     )
-    run.train()
-    for log in run.state.log_history:
-        assert ("loss_logits" in log) == ("loss" in log)
-        assert not any(key.startswith("eval_") and "logits" in key for key in log)
-    training = [log for log in run.state.log_history if "loss" in log]
-    for log in training:
-        assert log["loss"] == pytest.approx(0.5 * log["loss_labels"] + log["loss_logits"], rel=1e-4)
+    got = run.evaluate()
+    batch = collate([held_out[i] for i in range(8)])
+    x, y, truth = tiny.logits(student, batch), tiny.logits(teacher, batch), batch["labels"]
+    if labels == "regression":
+        assert got["eval_distance"] == pytest.approx(((x - y) ** 2).mean().item(), rel=1e-4)
+        assert got["eval_teacher_squared_error"] == pytest.approx(((y[:, 0] - truth) ** 2).mean().item(), rel=1e-4)
+        return
+    if labels == "multi":
+        x, y, counted = x > 0, y > 0, torch.ones_like(x, dtype=torch.bool)
+    else:
+        x, y, counted = x.argmax(-1), y.argmax(-1), truth != -100
+        if labels == "causal":
+            x, y, truth, counted = x[:, :-1], y[:, :-1], truth[:, 1:], counted[:, 1:]
+    assert got["eval_agreement"] == pytest.approx((x == y)[counted].float().mean().item())
+    assert got["eval_teacher_accuracy"] == pytest.approx((y == truth)[counted].float().mean().item())
 
 
 def test_evaluation_shows_the_students_own_loss():
@@ -424,10 +395,13 @@ def test_broken_student_is_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label_weight": -1}, "label_weight must not be negative, got -1"),
+        ({"label_weight": -1}, "label_weight must be 0 or more, got -1"),
         ({"losses": [], "label_weight": 0.0}, "nothing to learn from"),
         ({"losses": [LogitLoss(), LogitLoss()]}, "Each loss must have a name of its own"),
-        ({"teacher": None}, "Give teacher=, or a train_dataset with the column 'teacher_logits'"),
+        (
+            {"teacher": None},
+            "The losses LogitLoss need a teacher: give teacher=, ema_decay=, or a train_dataset with cached",
+        ),
         ({"data": Dataset.from_dict({"input_ids": []})}, "train_dataset is empty"),
         ({"data": Dataset.from_dict({"text": ["a"], "labels": [0]})}, "has the columns labels, text, none of which"),
         (

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TESTS = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent.parent.parent
 
 
-def run(folder, processes, per_device, accumulation, labels):
+def run(folder, processes, per_device, accumulation, labels, special=""):
     """Train in processes of their own and return the student's weights and the last training log."""
     script = Path(__file__).with_name("ddp_run.py")
-    words = [str(script), str(folder), str(per_device), str(accumulation), labels]
+    words = [str(script), str(folder), str(per_device), str(accumulation), labels, special]
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -28,24 +28,35 @@ def run(folder, processes, per_device, accumulation, labels):
     command = [sys.executable, *(launcher if processes > 1 else []), *words]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS / "distillation"))),
+        "PYTHONPATH": str(TESTS),
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    logs = dict(line.split("=") for line in done.stdout.splitlines() if line.startswith(("world=", "loss", "items=")))
+    logs = dict(line.split("=") for line in done.stdout.splitlines() if line.startswith(("world=", "loss", "eval_")))
     assert logs.pop("world") == str(processes), "the launcher started another number of processes"
     return load_file(folder / "model.safetensors"), {name: float(value) for name, value in logs.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labels", ["class", "tokens"])
-def test_two_processes_equal_one(tmp_path, labels):
+@pytest.mark.parametrize(
+    ("labels", "special"),
+    [
+        ("class", ""),
+        ("tokens", ""),
+        ("causal", ""),
+        ("class", "features"),
+        ("class", "cache"),
+        ("causal", "cache"),
+        ("causal", "fsdp"),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, labels, special):
     """Token heads have another number of items on each process: a mean of means would be wrong."""
-    one, one_log = run(tmp_path / "one", 1, 8, 1, labels)
-    two, two_log = run(tmp_path / "two", 2, 2, 2, labels)
+    one, one_log = run(tmp_path / "one", 1, 8, 1, labels, special)
+    two, two_log = run(tmp_path / "two", 2, 2, 2, labels, special)
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.allclose(value, two[name], rtol=1e-4, atol=1e-6), name
     assert one_log == pytest.approx(two_log, rel=1e-4)
-    assert {"loss", "loss_labels", "loss_logits"} <= one_log.keys()
+    assert "loss_hidden" in one_log if special == "features" else {"loss_labels", "loss_logits"} <= one_log.keys()

@@ -8,7 +8,7 @@ import torch
 
 import tiny
 from hfshrink import make_student, report
-from hfshrink.distillation import spread_layers
+from hfshrink.distillation.students.depth import spread_layers
 from hfshrink.errors import SettingError, UnsupportedModelError
 
 FAMILIES = ("bert", "roberta", "distilbert", "electra", "llama", "gpt2", "vit")
@@ -128,6 +128,21 @@ def test_dtype_is_kept():
         ({"layers": [0, 4]}, r"layers must be different numbers in 0\.\.3, got \[0, 4\]"),
         ({"layers": [1, 1]}, r"different numbers .* got \[1, 1\]"),
         ({"layers": []}, r"got \[\]"),
+        ({"num_layers": True}, r"num_layers must be in 1\.\.4 for this teacher, got True"),
+        ({"num_layers": 2, "keep": "best"}, "keep must be one of spread, first, last, influence, got 'best'"),
+        ({"layers": [0], "keep": "last"}, r"needs num_layers= to say how many, layers=\[0\] names them already"),
+        ({"hidden_size": 8, "keep": "first"}, "keep='first' says which layers stay, and needs num_layers="),
+        ({"num_layers": 2, "keep": "influence"}, 'keep="influence" measures the layers on data. Give calibration='),
+        ({"num_layers": 2, "calibration": []}, "calibration= is only read for .* keep='spread' needs none"),
+        ({"num_layers": 2, "max_parameters": 9}, "max_parameters chooses the sizes itself. Leave out num_layers"),
+        (
+            {"max_size_bytes": 9, "max_latency_ms": 1, "hidden_size": 8},
+            "max_size_bytes, max_latency_ms chooses .* hidd",
+        ),
+        ({"keep": "first"}, "Give one of num_layers and layers"),
+        ({"num_layers": 2, "hidden_sise": 8}, "hidden_sise=8 is no width .* Did you mean hidden_size"),
+        ({"num_layers": 2, "keep": "influence", "calibration": []}, "calibration data is empty"),
+        ({"num_layers": 2, "keep": "influence", "calibration": 7}, "calibration must be a datasets.Dataset"),
     ],
 )
 def test_bad_layers(given, message):

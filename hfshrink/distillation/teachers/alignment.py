@@ -8,16 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfshrink.data import LANGUAGE_TASKS, batches, encode, read_dataset
+from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.errors import SettingError
-from hfshrink.inputs import eval_mode
-from hfshrink.labels import find_label_column
 from hfshrink.loading import find_processor, infer_task, load
-from hfshrink.modules import accepted_inputs, max_positions
+from hfshrink.modules import max_positions
 
 logger = logging.getLogger(__name__)
 
-TEACHER_LOGITS = "teacher_logits"  # the data set column that stands in for a teacher
 CLASS_TASKS = ("text-classification", "token-classification", "image-classification")
 
 
@@ -66,8 +63,22 @@ def head_kind(task: str, config: Any, teacher: Any = None, labels: Any = None) -
     return "single_label"
 
 
-def align(student: Any, teacher: Any, student_processor: Any = None, teacher_processor: Any = None) -> Tensor | None:
+def align(
+    student: Any,
+    teacher: Any,
+    student_processor: Any = None,
+    teacher_processor: Any = None,
+    *,
+    same_tokens: bool = True,
+) -> Tensor | None:
     """Check that a teacher can teach a student, and find how its labels map onto the student's.
+
+    Args:
+        student: The student model.
+        teacher: The teacher model.
+        student_processor: Its tokenizer or processor; None looks beside the model.
+        teacher_processor: The teacher's.
+        same_tokens: Whether both must read the same token ids; False where each has its own tokenizer.
 
     Returns:
         The permutation `order` that puts the teacher's logits into the student's label order, `logits[..., order]`;
@@ -79,11 +90,12 @@ def align(student: Any, teacher: Any, student_processor: Any = None, teacher_pro
     tasks = infer_task(student), infer_task(teacher)
     if tasks[0] != tasks[1]:
         raise SettingError(f"The student does {tasks[0]}, the teacher {tasks[1]}; they need the same kind of head.")
-    _check_vocabulary(student, teacher, student_processor, teacher_processor, tasks[0])
+    if same_tokens:
+        _check_vocabulary(student, teacher, student_processor, teacher_processor, tasks[0])
     sizes = (sum(p.numel() for p in student.parameters()), sum(p.numel() for p in teacher.parameters()))
-    if sizes[0] >= sizes[1]:
+    if sizes[0] > sizes[1]:
         logger.warning(
-            "The student (%s parameters) is not smaller than its teacher (%s).", f"{sizes[0]:,}", f"{sizes[1]:,}"
+            "The student (%s parameters) is larger than its teacher (%s).", f"{sizes[0]:,}", f"{sizes[1]:,}"
         )
     return label_order(student.config, teacher.config) if tasks[0] in CLASS_TASKS else None
 
@@ -145,53 +157,6 @@ def ask_teacher(teacher: nn.Module, inputs: dict[str, Any], accepted: set[str], 
         return teacher(**kept)
 
 
-def add_teacher_logits(
-    dataset: Any, teacher: Any, processor: Any = None, *, batch_size: int = 32, text_columns: Any = None
-) -> Any:
-    """Run the teacher once over a data set and keep its logits in the column `teacher_logits`.
-
-    `DistillationTrainer` then reads them instead of running the teacher in every epoch. They stay in the teacher's own
-    label order; give the trainer the same `teacher=` and they are permuted where needed. The data must be the same in
-    every epoch: no augmentation.
-
-    Args:
-        dataset: A `datasets.Dataset`, raw or encoded.
-        teacher: A model, folder or Hub id with one row of logits per example (classification, regression).
-        processor: Its tokenizer or processor; None looks beside the model. Needed for raw rows.
-        batch_size: Rows per forward pass.
-        text_columns: Columns of text of raw rows, as in `evaluate`.
-
-    Returns:
-        The encoded data set with the column added; labels, untouched, are in the column `labels`.
-
-    Raises:
-        SettingError: A head with logits per token, empty data, logits that are not finite.
-    """
-    model, found = load(teacher)
-    processor = processor or found
-    task = infer_task(model)
-    if task not in ("text-classification", "image-classification"):
-        raise SettingError(
-            f"Logits are kept for heads with one row per example, not for {task}. Let the teacher run in training."
-        )
-    rows_given = read_dataset(dataset)
-    column = find_label_column(rows_given)  # labels are the student's business: they stay exactly as they are
-    unlabelled = rows_given if column is None else rows_given.remove_columns([column])
-    encoded = encode(unlabelled, model, processor, task, text_columns=text_columns)
-    rows: list[list[float]] = [[] for _ in range(len(encoded))]
-    accepted = accepted_inputs(model)
-    with eval_mode(model):
-        for numbers, inputs in batches(encoded, model, processor, batch_size, "teacher's logits"):
-            logits = ask_teacher(model, inputs, accepted, set()).logits.float().cpu()
-            check_finite(logits, "The teacher's logits")
-            for number, row in zip(numbers, logits.tolist(), strict=True):
-                rows[number] = row
-    if column is not None:
-        values = rows_given.with_format("arrow")[:][column]
-        encoded = encoded.add_column("labels", values, feature=rows_given.features[column])
-    return encoded.add_column(TEACHER_LOGITS, rows)
-
-
 def check_finite(value: Tensor, what: str) -> None:
     """Raise `SettingError` where a tensor holds NaN or infinity."""
     bad = int((~torch.isfinite(value)).sum())
@@ -214,7 +179,7 @@ def _check_vocabulary(student: Any, teacher: Any, ours: Any, theirs: Any, task: 
     if sizes[0] != sizes[1] and task in LANGUAGE_TASKS:
         raise SettingError(
             f"The student predicts {sizes[0]} tokens, the teacher {sizes[1]}; logits of different vocabularies can't "
-            "be matched."
+            "be matched token by token. losses=[CrossTokenizerLoss()] compares them by rank."
         )
     own, other = _vocabulary(ours or find_processor(student)), _vocabulary(theirs or find_processor(teacher))
     if own is not None and other is not None:

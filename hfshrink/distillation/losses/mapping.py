@@ -1,0 +1,100 @@
+"""Which layer of the teacher each layer of the student is matched with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hfshrink.errors import SettingError
+
+LAYER_MAPS = ("uniform", "skip", "last")
+
+
+def map_layers(student_depth: int, teacher_depth: int, layers: str | Mapping[int, int] = "uniform") -> dict[int, int]:
+    """Student layer -> teacher layer, both counted from 0.
+
+    With m = 1 … N_S counting the student's layers from 1:
+
+    - `"uniform"`: g(m) = m · N_T / N_S, rounded (TinyBERT, arXiv:1909.10351): the last matches the last.
+    - `"skip"`: the same without the last layer, which is left to the logits (PKD-Skip, arXiv:1908.09355).
+    - `"last"`: g(m) = N_T − N_S + m, without the last layer (PKD-Last).
+
+    Args:
+        student_depth: N_S, layers of the student.
+        teacher_depth: N_T, layers of the teacher.
+        layers: One of the names, or {student layer: teacher layer}, where negative numbers count from the end. A
+            student made by `make_student` from some of the teacher's layers may be given just those.
+
+    Raises:
+        SettingError: An unknown name; a student that is deeper than its teacher; a layer that is not there.
+
+    Example:
+        >>> map_layers(4, 12)
+        {0: 2, 1: 5, 2: 8, 3: 11}
+        >>> map_layers(6, 12, "skip")
+        {0: 1, 1: 3, 2: 5, 3: 7, 4: 9}
+        >>> map_layers(6, 12, "last")
+        {0: 6, 1: 7, 2: 8, 3: 9, 4: 10}
+        >>> map_layers(6, 12, {0: 0, -1: -1})
+        {0: 0, 5: 11}
+    """
+    if not isinstance(layers, str):
+        return _explicit(student_depth, teacher_depth, layers)
+    if layers not in LAYER_MAPS:
+        raise SettingError(f"layers must be one of {', '.join(LAYER_MAPS)} or a mapping, got {layers!r}.")
+    if student_depth > teacher_depth:
+        raise SettingError(
+            f"The student has {student_depth} layers, the teacher only {teacher_depth}: the map {layers!r} needs a "
+            "teacher that is at least as deep. Give layers={student layer: teacher layer}."
+        )
+    if layers == "uniform":
+        return {i: _stretch(i, student_depth, teacher_depth) for i in range(student_depth)}
+    if student_depth == 1:
+        raise SettingError(
+            f"The map {layers!r} leaves out the last layer, and the student has only one (the teacher "
+            f'{teacher_depth}). Use layers="uniform".'
+        )
+    if layers == "skip":
+        return {i: _stretch(i, student_depth, teacher_depth) for i in range(student_depth - 1)}
+    return {i: teacher_depth - student_depth + i for i in range(student_depth - 1)}
+
+
+def find_layer(number: int, depth: int, side: str) -> int:
+    """A layer's number counted from 0; negative numbers count from the end.
+
+    Args:
+        number: From −depth to depth − 1.
+        depth: Layers that there are.
+        side: "student" or "teacher", for the error.
+
+    Raises:
+        SettingError: There is no such layer.
+
+    Example:
+        >>> find_layer(-1, 12, "teacher")
+        11
+    """
+    if not isinstance(number, int) or isinstance(number, bool) or not -depth <= number < depth:
+        raise SettingError(
+            f"The {side} has {depth} layers, 0..{depth - 1} (or −{depth}..−1 from the end), got layer {number!r}."
+        )
+    return number % depth
+
+
+def _stretch(i: int, student_depth: int, teacher_depth: int) -> int:
+    """round((i + 1) · N_T / N_S) − 1 in whole numbers, halves up: no two layers meet."""
+    return (2 * (i + 1) * teacher_depth + student_depth) // (2 * student_depth) - 1
+
+
+def _explicit(student_depth: int, teacher_depth: int, layers: Mapping[int, int]) -> dict[int, int]:
+    if not isinstance(layers, Mapping) or not layers:
+        raise SettingError(
+            f"layers must be one of {', '.join(LAYER_MAPS)}, or name at least one pair as "
+            f"{{student layer: teacher layer}}, got {layers!r}."
+        )
+    found: dict[int, int] = {}
+    for ours, theirs in layers.items():
+        student = find_layer(ours, student_depth, "student")
+        if student in found:
+            raise SettingError(f"layers names the student's layer {student} twice: {dict(layers)}.")
+        found[student] = find_layer(theirs, teacher_depth, "teacher")
+    return found

@@ -1,0 +1,108 @@
+"""Shallower students: which layers stay, the config for them, and the weights under their new numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from hfshrink.distillation.students.width import Widths, set_widths
+from hfshrink.errors import SettingError, UnsupportedModelError
+
+SEED = 0
+"""Of fresh weights. Two students of the same settings are equal, bit for bit."""
+
+
+def spread_layers(depth: int, num_layers: int) -> list[int]:
+    """`num_layers` of `depth` layer numbers, spread evenly, first and last among them (only the first for one).
+
+    Example:
+        >>> spread_layers(12, 6)
+        [0, 2, 4, 7, 9, 11]
+    """
+    if num_layers == 1:
+        return [0]
+    return [round(i * (depth - 1) / (num_layers - 1)) for i in range(num_layers)]
+
+
+def kept_layers(depth: int, number: int, keep: str, influence: Sequence[float] = ()) -> list[int]:
+    """The numbers of the layers that stay, in rising order.
+
+    Example:
+        >>> kept_layers(4, 2, "last"), kept_layers(4, 2, "influence", [0.5, 0.1, 0.2, 0.4])
+        ([2, 3], [0, 3])
+    """
+    if keep == "influence":
+        ranked = sorted(range(depth), key=lambda layer: -influence[layer])
+        return sorted(ranked[:number])
+    return {"first": list(range(number)), "last": list(range(depth - number, depth))}.get(
+        keep, spread_layers(depth, number)
+    )
+
+
+def smaller_config(config: Any, kept: list[int], widths: Widths | None) -> Any:
+    """A deep copy for fewer layers; lists with one entry per layer (`layer_types`, …) are trimmed to the kept ones."""
+    depth = config.num_hidden_layers
+    smaller = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if (
+            isinstance(value, list)
+            and len(value) == depth
+            and "layer" in name
+            and getattr(config, name, None) == value
+        ):
+            setattr(smaller, name, [value[layer] for layer in kept])
+    smaller.num_hidden_layers = len(kept)
+    if widths is not None:
+        set_widths(smaller, widths)
+        _check_config(smaller)
+    return smaller
+
+
+def _check_config(config: Any) -> None:
+    """Raise `SettingError` where the family would refuse the config when the saved student is loaded."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        type(config).from_dict(config.to_dict())
+    except (ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingError(f"The family {config.model_type!r} refuses these sizes: {reason}") from error
+
+
+def fresh_model(model_class: Any, config: Any, teacher: Any) -> Any:
+    """A model with seeded weights (`SEED`) in the teacher's dtype and on its device; no random state changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(SEED)
+        student = model_class._from_config(config, dtype=teacher.dtype)
+    on_meta = next(student.parameters()).is_meta  # a sketch that only shapes are read from
+    return student if on_meta else student.to(teacher.device)
+
+
+def renumbered(named: Mapping[str, Any], stack: str, kept: list[int]) -> dict[str, Any]:
+    """Names inside the stack of layers with the student's numbers; those of dropped layers are left out.
+
+    Example:
+        >>> renumbered({"layer.0.w": 0, "layer.1.w": 1, "layer.2.w": 2, "head": 3}, "layer", [0, 2])
+        {'layer.0.w': 0, 'layer.1.w': 2, 'head': 3}
+    """
+    new_number = {old: new for new, old in enumerate(kept)}
+    found = {}
+    for key, value in named.items():
+        if not key.startswith(f"{stack}."):
+            found[key] = value
+            continue
+        number, _, rest = key.removeprefix(f"{stack}.").partition(".")
+        if int(number) in new_number:
+            found[f"{stack}.{new_number[int(number)]}.{rest}"] = value
+    return found
+
+
+def refuse_compressed(teacher: Any) -> None:
+    """Raise `UnsupportedModelError` for a teacher whose weights can't be copied as they are."""
+    if hasattr(teacher.config, "quantization_config"):
+        raise UnsupportedModelError(
+            "The teacher has compressed or quantized layers. Make it dense first: to_dense(teacher)."
+        )

@@ -1,0 +1,1 @@
+"""The Trainer with a teacher, and the one call around it."""

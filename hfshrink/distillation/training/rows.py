@@ -1,0 +1,92 @@
+"""The rows of a run: checked before it, joined with cached answers, and divided between student and teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from hfshrink.data import LANGUAGE_TASKS, row_lengths
+from hfshrink.distillation.teachers.alignment import check_lengths
+from hfshrink.distillation.teachers.cache import cache_teacher
+from hfshrink.distillation.teachers.collator import TEACHER_COLUMNS
+from hfshrink.errors import SettingError
+
+_Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
+STUDENT_WROTE = "student_wrote"  # marks a batch whose tokens the student made up: it has no labels of anyone's
+NO_LABELS = (
+    "{what} has no labels (it has {names}), but label_weight is {weight}. Add labels, or set label_weight=0 to learn "
+    "from the teacher alone."
+)
+
+
+class RowsMixin(_Trainer):
+    """The parts of `DistillationMixin` that look at data sets and batches."""
+
+    _signature_columns: Any
+
+    def _check_dataset(self) -> None:
+        if not isinstance(self.train_dataset, Dataset):
+            return  # others tell their columns and lengths only while they are read
+        columns = set(self.train_dataset.column_names)
+        if len(self.train_dataset) == 0:
+            raise SettingError("train_dataset is empty: it has no rows.")
+        if self.args.remove_unused_columns and not (self._student_accepts - set(self.label_names)) & columns:
+            raise SettingError(
+                f"train_dataset has the columns {', '.join(sorted(columns))}, none of which "
+                f"{type(self.model).__name__} takes. Tokenize it first, or set remove_unused_columns=False and let "
+                "the collator do it."
+            )
+        labels = {*self.label_names, "label", "label_ids"}
+        if self._uses_labels() and self._task not in LANGUAGE_TASKS and not labels & columns:  # LM collators make them
+            raise SettingError(NO_LABELS.format(what="train_dataset", names=sorted(columns), weight=self.label_weight))
+        if "input_ids" in columns:
+            teacher = None if self._crosses_tokenizers() else self.teacher
+            check_lengths(max(row_lengths(self.train_dataset)), self.model, teacher)
+
+    def _read_cache(self, folder: str | Path) -> None:
+        """Put the teacher's answers, computed once and kept in `folder`, beside the rows."""
+        if self.teachers is None or len(self.teachers.models) > 1:
+            raise SettingError("teacher_cache keeps the answers of one teacher: give exactly one teacher=.")
+        how = {"cache_dir": folder, "data_collator": self.data_collator}
+        for name in ("train_dataset", "eval_dataset"):
+            rows = getattr(self, name)
+            if name == "eval_dataset" and self._task in LANGUAGE_TASKS:
+                continue  # a few tokens' probabilities do not tell how often both agree
+            if isinstance(rows, Dataset) and not has_answers(rows):
+                setattr(self, name, cache_teacher(rows, self.teacher, self.processing_class, **how))
+            elif name == "train_dataset" and not isinstance(rows, Dataset):
+                raise SettingError(f"teacher_cache needs a datasets.Dataset, got {type(rows).__name__}.")
+
+    def _with_decoder_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Encoder-decoders make their decoder's inputs from the labels.
+
+        The teacher, which sees no labels, needs them.
+        """
+        make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if make is None or inputs.get("labels") is None or "decoder_input_ids" in inputs:
+            return inputs
+        return {**inputs, "decoder_input_ids": make(labels=inputs["labels"])}
+
+    def _student_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        teacher_inputs = set() if self.teachers is None else self.teachers.all_inputs
+        only_teacher = (teacher_inputs - self._student_accepts) | {*TEACHER_COLUMNS, STUDENT_WROTE}
+        return {name: value for name, value in inputs.items() if name not in only_teacher}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the columns that only the teacher reads.
+
+        A BERT teacher needs the token types that DistilBERT does without.
+        """
+        fresh = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if fresh:
+            self._signature_columns += sorted(
+                {*TEACHER_COLUMNS, *(() if self.teachers is None else self.teachers.all_inputs)}
+            )
+
+
+def has_answers(dataset: Any) -> bool:
+    """Whether a data set has columns with a teacher's cached answers."""
+    return bool(set(TEACHER_COLUMNS) & set(getattr(dataset, "column_names", None) or ()))
