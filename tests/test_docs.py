@@ -27,7 +27,7 @@ def test_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     blocks = snippets("python")
     for block in blocks:
         exec(compile(block, "README.md", "exec"), shared)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert [step.technique for step in shared["report"]("path/to/int8").steps] == [
         "make_student",
         "distill",
