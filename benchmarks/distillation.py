@@ -86,12 +86,12 @@ MADE = {
 }
 TASKS = (
     Task("movie-3", data.movie, cut(3), 240, (1e-4, 2e-4), {**PLAIN, **RELATIONS, **MORE}),
-    Task("movie-1", data.movie, cut(1), 240, (1e-4, 3e-4), {**PLAIN, **RELATIONS, **MORE}),
+    Task("movie-1", data.movie, cut(1), 180, (1e-4, 3e-4), {**PLAIN, **RELATIONS, **MORE}),
     Task("bbc", data.bbc, cut(3), 40, (1e-4, 2e-4), {**PLAIN, **DKD, **RELATIONS, **MORE}),
-    Task("addresses", data.tagged_addresses, cut(3), 150, (2e-4, 4e-4), {**PLAIN, **RELATIONS}),
-    Task("garments", data.garments, small_resnet, 450, (2e-3, 5e-3), {**PLAIN, **MAPS, **MORE}),
+    Task("addresses", data.tagged_addresses, cut(3), 100, (2e-4, 4e-4), {**PLAIN, **RELATIONS}),
+    Task("garments", data.garments, small_resnet, 300, (2e-3, 5e-3), {**PLAIN, **MAPS, **MORE}),
     Task("smollm2", data.language, cut(15), 300, (2e-4,), {NONE: (LABELS,), "logits": ("words",)}, seeds=1),
-    Task("movie-1-made", data.movie, cut(1), 240, (1e-4, 3e-4), {**PLAIN, **MADE}, shares="movie-1"),
+    Task("movie-1-made", data.movie, cut(1), 180, (1e-4, 3e-4), {**PLAIN, **MADE}, shares="movie-1"),
 )
 
 

@@ -23,8 +23,8 @@ import assets
 from hfshrink.distillation import augment, generate_texts
 
 FOLDER = ROOT / "runs" / "distillation" / "made"
-TEXTS = 1500  # a language model writes about three a second on two cores
-AUGMENTED = 1000  # rows whose words are replaced, four new rows of each
+TEXTS = 800  # a language model writes about three a second on two cores
+AUGMENTED = 500  # rows whose words are replaced, four new rows of each
 PROMPTS = (
     "A movie critic praises a film in one sentence: The movie is",
     "A movie critic pans a film in one sentence: The movie is",

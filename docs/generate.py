@@ -1,12 +1,14 @@
-"""Write docs/api.md from the docstrings and README's table from benchmarks/results; `--check` tells what is stale."""
+"""Write docs/api.md from the docstrings, and tables from benchmarks/results; `--check` tells what is stale."""
 
 import argparse
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
 
 import hfshrink
+from hfshrink.terminal import table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,13 +31,47 @@ def signature_of(thing: object) -> str:
         return ""
 
 
-def readme_page() -> str:
-    """README with its table taken from the results."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    results = ROOT / "benchmarks" / "results" / "main_job.md"
-    table = results.read_text(encoding="utf-8").strip() if results.is_file() else ""
+def results(name: str) -> str:
+    """The Markdown of a benchmark, or nothing before it has run."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.md"
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def distillation_summary() -> str:
+    """One row a subject: what each way of teaching adds to the same student without a teacher."""
+    path = ROOT / "benchmarks" / "results" / "distillation.json"
+    if not path.is_file():
+        return ""
+    rows = []
+    for task in json.loads(path.read_text(encoding="utf-8"))["tasks"].values():
+        arms = dict(task["arms"])
+        metric = next(iter(next(iter(arms.values()))["test"]))
+        points = metric != "perplexity"
+        base = sum(arms["no distillation"]["test"][metric]) / task["seeds"]
+        gains = [
+            f"{title} {difference(arm['minus_baseline'], points)}"
+            for title, arm in arms.items()
+            if title not in ("no distillation", "teacher")
+        ]
+        rows.append((task["title"], metric, f"{base:.4f}" if points else f"{base:.1f}", "<br>".join(gains)))
+    header = ("data", "metric", "no distillation", "difference in points (perplexity: as it is) [95 %]")
+    return (
+        table(header, rows)
+        + "\n\nMeans of three seeds, of one for SmolLM2, whose interval knows nothing of other seeds."
+    )
+
+
+def difference(interval: list[float], points: bool) -> str:
+    """A mean difference with its interval, in points or as it is."""
+    mean, low, high = (value * (100 if points else 1) for value in interval)
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def with_table(path: Path, name: str, text: str) -> str:
+    """A page with what stands between the markers of `name` taken from the results."""
+    page = path.read_text(encoding="utf-8")
     return re.sub(
-        r"(<!-- main_job:.*?-->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{table}\n{m[2]}", text, flags=re.DOTALL
+        rf"(<!-- {name}:.*?-->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL
     )
 
 
@@ -44,7 +80,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    for path, text in ((ROOT / "docs" / "api.md", api_page()), (ROOT / "README.md", readme_page())):
+    readme, guide = ROOT / "README.md", ROOT / "docs" / "distillation.md"
+    pages = {
+        ROOT / "docs" / "api.md": api_page(),
+        readme: with_table(readme, "main_job", results("main_job")),
+        guide: with_table(guide, "distillation", distillation_summary()),
+    }
+    for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         if check:

@@ -53,9 +53,10 @@ def distill(
     num_layers: Annotated[int | None, typer.Option(help="Cut the student from the teacher: layers to keep.")] = None,
     split: Annotated[str, typer.Option(help="Split of the training data, where it has several.")] = "train",
     eval_data: Annotated[str | None, typer.Option(help="Held-out data set, evaluated after each epoch.")] = None,
+    eval_split: Annotated[str, typer.Option(help="Split of the held-out data, where it has several.")] = "validation",
     epochs: Annotated[float, typer.Option(help="Passes over the training data.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
-    temperature: Annotated[float, typer.Option(help="Softness of both distributions.")] = 2.0,
+    temperature: Annotated[float | None, typer.Option(help="Softness; 2, for language models 1, if left out.")] = None,
     label_weight: Annotated[float | None, typer.Option(help="Weight of the labels; 0.5 where there are any.")] = None,
     teacher_cache: Annotated[Path | None, typer.Option(help="Folder that keeps the teacher's answers.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 42,
@@ -75,11 +76,11 @@ def distill(
         big, processor = load(teacher)
         small = make_student(big, num_layers) if student is None else student
         rows = read_dataset(train_data, split)
-        held_out = None if eval_data is None else read_dataset(eval_data, split)
+        held_out = None if eval_data is None else read_dataset(eval_data, eval_split)
         settings: dict[str, Any] = {"num_train_epochs": epochs, "learning_rate": learning_rate, "seed": seed}
         if teacher_cache is not None:
             settings["teacher_cache"] = teacher_cache
-        losses = [LogitLoss(temperature=temperature)]
+        losses = None if temperature is None else [LogitLoss(temperature=temperature)]
         trained = run(small, big, rows, eval_dataset=held_out, losses=losses, label_weight=label_weight, **settings)
         trained.save_pretrained(folder)
         if processor is not None:

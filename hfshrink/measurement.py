@@ -51,8 +51,8 @@ class Latency:
     device: str
     threads: int
     batch_size: int
-    sequence_length: int | None
-    repeats: int
+    sequence_length: int | None = None  # None for images
+    repeats: int | None = None
 
 
 @dataclass(frozen=True)

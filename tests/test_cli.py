@@ -41,7 +41,7 @@ def test_quantize_then_evaluate_then_report(teacher, tmp_path):
 
 def test_distill_writes_a_plain_folder(teacher, tmp_path):
     words = ["distill", teacher, tmp_path / "rows", tmp_path / "small", "--num-layers", 1, "--epochs", 1]
-    done = run(*words, "--teacher-cache", tmp_path / "answers")
+    done = run(*words, "--teacher-cache", tmp_path / "answers", "--eval-data", tmp_path / "rows")
     assert done.exit_code == 0, done.output
     assert "make_student" in done.stdout
     assert "distill" in done.stdout

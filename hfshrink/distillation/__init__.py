@@ -1,6 +1,6 @@
 """Distillation: losses, teachers, students, and the Trainer that brings them together."""
 
-from hfshrink.distillation.losses.inside import AttentionLoss, FeatureMapLoss, HiddenLoss, RelationLoss
+from hfshrink.distillation.losses.feature_losses import AttentionLoss, FeatureMapLoss, HiddenLoss, RelationLoss
 from hfshrink.distillation.losses.logits import CrossTokenizerLoss, DecoupledLoss, LogitLoss
 from hfshrink.distillation.students.making import make_student
 from hfshrink.distillation.teachers.cache import cache_teacher

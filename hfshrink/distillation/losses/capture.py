@@ -25,6 +25,8 @@ PROBE_TOKENS = 4
 
 _LISTENERS: WeakKeyDictionary[nn.Module, Callable[..., None]] = WeakKeyDictionary()
 """Attention module -> what to call with its states; only while a `Recorder` is open."""
+_SWITCHED: dict[int, tuple[Any, int]] = {}
+"""id of a config -> its own attention, and how many open `Recorder`s have switched it: models may share a config."""
 
 
 @dataclass(frozen=True)
@@ -247,13 +249,9 @@ def probe(model: Any, wanted: Wanted, inputs: dict[str, Tensor] | None = None) -
     if inputs is None:
         inputs = random_inputs(model, 1, PROBE_TOKENS)
     with Recorder(model, [wanted]) as recorder, torch.no_grad(), eval_mode(model):
-        model(**{name: value.to(model.device, _dtype(model, value)) for name, value in inputs.items()})
+        dtypes = {True: model.dtype}  # pixels take the model's, ids stay whole numbers
+        model(**{k: v.to(model.device, dtypes.get(v.is_floating_point())) for k, v in inputs.items()})
         return recorder.take()
-
-
-def _dtype(model: Any, value: Tensor) -> torch.dtype:
-    """That of the model for pixels; ids stay whole numbers."""
-    return model.dtype if value.is_floating_point() else value.dtype
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
@@ -290,11 +288,13 @@ def _first_tensor(value: Any) -> Tensor | None:
 
 
 def _switch_attention(model: Any, undo: ExitStack) -> None:
-    """Let the model attend through the recording function, and put every config back at the end."""
+    """Let the model attend through the recording function; the last recorder of a config puts it back."""
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    for config in configs.values():
-        undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
-    kind = "sdpa" if model.config._attn_implementation == "sdpa" else "eager"
+    for number, config in configs.items():
+        own, users = _SWITCHED.get(number, (config._attn_implementation, 0))
+        _SWITCHED[number] = own, users + 1
+        undo.callback(_put_back, config)
+    kind = "sdpa" if model.config._attn_implementation in ("sdpa", "hfshrink_sdpa") else "eager"
     name = f"hfshrink_{kind}"
     AttentionInterface.register(name, partial(_record_and_attend, kind))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kind])
@@ -305,6 +305,14 @@ def _switch_attention(model: Any, undo: ExitStack) -> None:
             "AttentionInterface, as that of BERT, RoBERTa, DistilBERT, ELECTRA, ViT, GPT-2 and Llama does. Use "
             "HiddenLoss or LogitLoss."
         )
+
+
+def _put_back(config: Any) -> None:
+    own, users = _SWITCHED.pop(id(config))
+    if users > 1:
+        _SWITCHED[id(config)] = own, users - 1
+    else:
+        config._attn_implementation_internal = own
 
 
 def _record_and_attend(kind: str, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

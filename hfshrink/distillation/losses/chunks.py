@@ -206,7 +206,7 @@ def _answer(teacher: Any, rows: Sequence[Tensor]) -> Tensor | SparseTargets:
 def _teacher_rows(teacher: LazyLogits | SparseTargets | None, used: Tensor) -> list[Tensor]:
     if teacher is None:
         return []
-    parts = (teacher.ids, teacher.probabilities) if isinstance(teacher, SparseTargets) else (teacher.hidden.detach(),)
+    parts = (teacher.ids, teacher.probabilities) if isinstance(teacher, SparseTargets) else (teacher.hidden,)
     return [_pick(part[:, :-1], used) for part in parts]
 
 

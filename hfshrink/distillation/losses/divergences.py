@@ -3,6 +3,7 @@
 All take logits of shape (…, classes), compute in float32 or wider, and return a scalar: the mean over the rows that
 count. p is the teacher's distribution, q the student's, both softened by the temperature T. Where a softened
 divergence has a gradient of size 1/T², it is multiplied by T², so that a weight means the same at every temperature.
+In the KL family logits may be −inf (forbidden classes): p log p is 0 where p is 0.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ class SparseTargets:
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """T² · KL(p ‖ q) = T² · Σ p log(p / q), the mean over rows (Hinton et al. 2015, arXiv:1503.02531).
-
-    T² keeps the gradient's size independent of T, so that weights mean the same at every temperature.
 
     Args:
         student: Logits z_S of shape (…, classes).
@@ -236,7 +235,7 @@ def standardize_logits(logits: Tensor, epsilon: float = 1e-7) -> Tensor:
     """(z − mean z) / (std z + ε) of each row (Sun et al. 2024, arXiv:2403.01427).
 
     Done to both sides, it lets the student match the teacher's shape at a scale of its own. Of two classes only the
-    sign remains. σ² = Σ(z − mean z)² / classes; dividing by classes − 1 would be a slightly higher temperature.
+    sign remains. σ² = Σ(z − mean z)² / classes. Gradients of rows of equal logits are near 1/ε: no heads of zeros.
 
     Args:
         logits: Of shape (…, classes).
@@ -276,7 +275,7 @@ def sparse_kl_divergence(
     """
     logits, p = _wide(student) / temperature, _wide(targets.probabilities)
     total = logits.logsumexp(-1, keepdim=True)
-    log_q = logits.gather(-1, targets.ids) - total  # (…, k)
+    log_q = _finite(logits.gather(-1, targets.ids) - total)  # (…, k)
     rows = (torch.xlogy(p, p) - p * log_q).sum(-1)
     if targets.tail and p.shape[-1] < logits.shape[-1]:
         left = (1 - p.sum(-1)).clamp(min=0)
@@ -284,7 +283,7 @@ def sparse_kl_divergence(
     return _mean(rows, mask) * temperature**2
 
 
-def sorted_distance(student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def sorted_distance(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
     """Σ |p₍ᵢ₎ − q₍ᵢ₎| over the i-th largest entries, the mean over rows (ULD, Boizard et al. 2024, arXiv:2402.12030).
 
     It compares how sure both are, not of what, so the vocabularies may differ; the smaller one is filled up with
@@ -293,7 +292,6 @@ def sorted_distance(student: Tensor, teacher: Tensor, temperature: float = 1.0, 
     Args:
         student: Logits of shape (…, classes).
         teacher: Logits of shape (…, other number of classes).
-        temperature: T > 0.
         mask: Rows that count, of shape (…); None counts all.
 
     Example:
@@ -302,10 +300,8 @@ def sorted_distance(student: Tensor, teacher: Tensor, temperature: float = 1.0, 
         0.5
     """
     classes = max(student.shape[-1], teacher.shape[-1])
-    q, p = (
-        F.pad((_wide(z) / temperature).softmax(-1).sort(-1, descending=True).values, (0, classes - z.shape[-1]))
-        for z in (student, teacher)
-    )
+    ranked = [_wide(z).softmax(-1).sort(-1, descending=True).values for z in (student, teacher)]
+    q, p = (F.pad(side, (0, classes - side.shape[-1])) for side in ranked)
     return _mean((p - q).abs().sum(-1), mask)
 
 
@@ -315,7 +311,11 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return F.log_softmax(_wide(logits) if temperature == 1 else _wide(logits) / temperature, dim=-1)
+    return _finite(F.log_softmax(_wide(logits) if temperature == 1 else _wide(logits) / temperature, dim=-1))
+
+
+def _finite(logs: Tensor) -> Tensor:
+    return logs.clamp(min=torch.finfo(logs.dtype).min)  # exp is 0 as of −inf; 0 times it is no NaN
 
 
 def _log_mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
@@ -334,7 +334,7 @@ def _split_target(logits: Tensor, index: Tensor, temperature: float) -> tuple[Te
     others = logits.scatter(-1, index, -math.inf)
     total, mass = logits.logsumexp(-1, keepdim=True), others.logsumexp(-1, keepdim=True)
     pair = torch.cat([logits.gather(-1, index), mass], dim=-1) - total
-    return pair, (others - mass).scatter(-1, index, 0.0)  # 0 on both sides: the target adds 1 · (0 − 0)
+    return _finite(pair), _finite(others - mass).scatter(-1, index, 0.0)  # 0 at the target adds 1 · (0 − 0)
 
 
 def _log_other_mass(logits: Tensor, targets: SparseTargets) -> Tensor:

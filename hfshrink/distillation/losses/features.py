@@ -1,6 +1,7 @@
 """How far the insides of two models are apart: hidden states, attention scores, relations, feature maps.
 
-Every function works in float32 and returns a scalar: the mean over what counts, and 0 where nothing counts.
+Every function works in float32 (under autocast, matrix products take autocast's dtype) and returns a scalar: the mean
+over what counts, and 0 where nothing counts.
 """
 
 from __future__ import annotations

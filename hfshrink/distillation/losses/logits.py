@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfshrink.distillation.losses.checks import check_number, check_weights
+from hfshrink.distillation.checks import check_choice, check_counts, check_flags, check_number, check_weights
 from hfshrink.distillation.losses.divergences import (
     SparseTargets,
     binary_cross_entropy,
@@ -88,15 +88,15 @@ class LogitLoss:
     def __post_init__(self) -> None:
         check_weights(self.weight, self.final_weight)
         check_number("temperature", self.temperature, "above 0", lambda value: value > 0)
-        if self.divergence not in DIVERGENCES:
-            raise SettingError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}.")
-        if not isinstance(self.standardize, bool):
-            raise SettingError(f"standardize must be True or False, got {self.standardize!r}.")
+        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_flags(standardize=self.standardize)
         check_number("beta", self.beta, "from 0 to 1", lambda value: 0 <= value <= 1)
         check_number("skew", self.skew, "of at least 0 and below 1", lambda value: 0 <= value < 1)
+        for name, family in (("beta", "jsd"), ("skew", "skewed")):
+            if not self.divergence.startswith(family) and getattr(self, name) != getattr(LogitLoss, name):
+                raise SettingError(f"divergence={self.divergence!r} does not read {name}: leave out {name}=.")
         if self.chunk_size is not None:
-            whole = "of positions, whole and at least 1, or None"
-            check_number("chunk_size", self.chunk_size, whole, lambda value: isinstance(value, int) and value >= 1)
+            check_counts(chunk_size=self.chunk_size)
 
     def __call__(
         self, student: Any, teacher: Any, *, head: str, mask: Tensor | None = None, labels: Any = None
@@ -193,6 +193,7 @@ class DecoupledLoss:
     target_weight: float = 1.0
     other_weight: float = 8.0
     name = "decoupled"
+    needs_labels = True
 
     def __post_init__(self) -> None:
         check_weights(self.weight, self.final_weight)
@@ -203,10 +204,12 @@ class DecoupledLoss:
     def __call__(
         self, student: Any, teacher: Any, *, head: str, mask: Tensor | None = None, labels: Any = None
     ) -> Tensor:
-        """The unweighted loss of one batch; `labels` (batch,) or (batch, sequence), rows with −100 are left out.
+        """The unweighted loss of one batch: the sum over rows with a label, divided by all rows that count.
+
+        `labels` (batch,) or (batch, sequence); −100 is no label.
 
         Raises:
-            SettingError: No labels, another kind of head, fewer than 3 classes, a sparse teacher, or different shapes.
+            SettingError: No or wrong labels, another head, fewer than 3 classes, a sparse teacher, different shapes.
         """
         if head not in ("single_label", *TOKEN_HEADS):
             raise SettingError(f"DecoupledLoss needs one label and a softmax per row, which a head {head!r} has not.")
@@ -221,8 +224,10 @@ class DecoupledLoss:
         _check_classes(ours, "DecoupledLoss", "there is only one other class")
         if head == "causal_tokens":
             ours, theirs, labels = ours[:, :-1], theirs[:, :-1], labels[:, 1:]
+        _check_labels(labels, ours)
         weights = {"target_weight": self.target_weight, "other_weight": self.other_weight}
-        return decoupled_divergence(ours, theirs, labels, self.temperature, mask, **weights)
+        loss = decoupled_divergence(ours, theirs, labels, self.temperature, mask, **weights)
+        return loss if mask is not None else loss * (labels != IGNORED).float().mean()
 
 
 @dataclass(frozen=True)
@@ -276,27 +281,36 @@ def loss_mask(inputs: dict[str, Any], head: str) -> Tensor | None:
     """Positions that count in the loss of a token head: those with a label, else those that are not padding.
 
     Args:
-        inputs: A batch; `labels` or `attention_mask` of shape (batch, sequence).
+        inputs: A batch; `labels`, `attention_mask` or `input_ids` of shape (batch, sequence), or `inputs_embeds`.
         head: Kind of head; for causal language models the first position, which nothing predicts, is cut off.
 
     Returns:
         Booleans of shape (batch, sequence) or (batch, sequence − 1); None for heads with one output per example.
+
+    Raises:
+        SettingError: The batch has none of these.
     """
     if head not in TOKEN_HEADS:
         return None
-    if inputs.get("labels") is not None:
-        mask = inputs["labels"] != IGNORED
-    else:
-        side = "decoder_" if "decoder_input_ids" in inputs else ""
-        mask = inputs.get(f"{side}attention_mask")
-        mask = torch.ones_like(inputs[f"{side}input_ids"]) if mask is None else mask
-        mask = mask.bool()
+    mask = _not_padded(inputs) if inputs.get("labels") is None else inputs["labels"] != IGNORED
     if head != "causal_tokens":
         return mask
     read = inputs.get("attention_mask")
     if not isinstance(read, Tensor) or read.shape != mask.shape:
         return mask[:, 1:]
     return mask[:, 1:] & read[:, :-1].bool()  # padded on the left, the first token follows nothing
+
+
+def _not_padded(inputs: dict[str, Any]) -> Tensor:
+    side = "decoder_" if any(name.startswith("decoder_input") for name in inputs) else ""
+    if inputs.get(f"{side}attention_mask") is not None:
+        return inputs[f"{side}attention_mask"].bool()
+    for name in (f"{side}input_ids", f"{side}inputs_embeds"):
+        if inputs.get(name) is not None:
+            return torch.ones(inputs[name].shape[:2], dtype=torch.bool, device=inputs[name].device)
+    raise SettingError(
+        f"Expected labels, attention_mask, input_ids or inputs_embeds in the batch, got {list(inputs)}."
+    )
 
 
 def _without_last(teacher: Tensor | SparseTargets) -> Tensor | SparseTargets:
@@ -311,6 +325,16 @@ def _check_shapes(student: Tensor, teacher: Tensor) -> None:
             f"The student's logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; they "
             "must match. Do both read the same tokens and have the same labels?"
         )
+
+
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:-1]:
+        raise SettingError(
+            f"Expected a label for each row of logits, of shape {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}."
+        )
+    wrong = labels[(labels != IGNORED) & ((labels < 0) | (labels >= logits.shape[-1]))]
+    if len(wrong):
+        raise SettingError(f"Labels must be {IGNORED} or from 0 to {logits.shape[-1] - 1}, got {int(wrong[0])}.")
 
 
 def _check_classes(logits: Tensor, what: str, why: str) -> None:

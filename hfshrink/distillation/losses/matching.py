@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -232,10 +233,11 @@ def _widths(sides: list[dict[str, Tensor]], dimensions: int) -> tuple[int, int]:
     for side, tensors in zip(("student", "teacher"), sides, strict=True):
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         widths = {shape[1 if dimensions == 4 else -1] for shape in shapes.values()}
-        if len(widths) != 1 or any(len(shape) != dimensions for shape in shapes.values()):
+        batches = {shape[0] for shape in shapes.values()}  # a probe has one row
+        if len(widths) != 1 or batches != {1} or any(len(shape) != dimensions for shape in shapes.values()):
             wanted, other = {
-                3: ("(batch, sequence, width), all of one width", "FeatureMapLoss compares maps of images"),
-                4: ("(batch, channels, height, width)", "HiddenLoss compares sequences of states"),
+                3: ("(batch, sequence, width) of one row, all of one width", "FeatureMapLoss compares maps of images"),
+                4: ("(batch, channels, height, width) of one row", "HiddenLoss compares sequences of states"),
             }[dimensions]
             raise UnsupportedModelError(f"Expected states of shape {wanted}, got from the {side} {shapes}. {other}.")
         found.append(widths.pop())
@@ -267,9 +269,8 @@ def _attention_of(
     ours, theirs = student.attention[i], teacher.attention[j]
     shapes = [(len(states.query), states.query.shape[2]) for states in (ours, theirs)]
     check_positions(shapes[0], shapes[1], student.mask)
-    if ours.pairs is None or theirs.pairs is None:
-        return ours, theirs, theirs.pairs if ours.pairs is None else ours.pairs
-    return ours, theirs, ours.pairs & theirs.pairs.to(ours.pairs.device)
+    allowed = [states.pairs.to(ours.query.device) for states in (ours, theirs) if states.pairs is not None]
+    return ours, theirs, reduce(torch.logical_and, allowed) if allowed else None
 
 
 def _state_widths(states: AttentionStates, loss: Any) -> dict[str, int]:

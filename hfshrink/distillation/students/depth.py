@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,8 +58,19 @@ def smaller_config(config: Any, kept: list[int], widths: Widths | None) -> Any:
     smaller.num_hidden_layers = len(kept)
     if widths is not None:
         set_widths(smaller, widths)
-        _check_config(smaller)
+    if len(kept) != depth:
+        _renew_stages(smaller)
+    _check_config(smaller)
     return smaller
+
+
+def _renew_stages(config: Any) -> None:
+    """Of a backbone's config (DINOv2): one stage per layer, of which the last one is put out."""
+    if not hasattr(config, "set_output_features_output_indices"):
+        return
+    entries = {n: v for n, v in config.to_dict().items() if n not in ("stage_names", "out_features", "out_indices")}
+    config.stage_names = type(config).from_dict(entries).stage_names
+    config.set_output_features_output_indices(None, None)
 
 
 def _check_config(config: Any) -> None:
@@ -77,8 +89,34 @@ def fresh_model(model_class: Any, config: Any, teacher: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(SEED)
         student = model_class._from_config(config, dtype=teacher.dtype)
-    on_meta = next(student.parameters()).is_meta  # a sketch that only shapes are read from
+    on_meta = any(weight.is_meta for weight in student.parameters())  # a sketch that only shapes are read from
     return student if on_meta else student.to(teacher.device)
+
+
+def keep_dtypes(student: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Give each tensor of the student the type that it has in the teacher's `state`, such as a float32 head's."""
+    for name, tensor in chain(student.named_parameters(), student.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
+
+
+def check_layers(state: Mapping[str, Any], student: Any, stack: str, kept: Sequence[int]) -> None:
+    """Raise `UnsupportedModelError` where a layer has other weights than the student has in its place.
+
+    Args:
+        state: The teacher's weights under the student's names.
+        student: The shallower model.
+        stack: Name of its layers.
+        kept: The numbers that they have in the teacher.
+    """
+    odd = sorted(name for name in set(state) ^ set(student.state_dict()) if name.startswith(f"{stack}."))
+    if odd:
+        new = int(odd[0].removeprefix(f"{stack}.").partition(".")[0])
+        raise UnsupportedModelError(
+            f"The layers of the family {student.config.model_type!r} differ: layer {kept[new]} of the teacher can't "
+            f"be layer {new} of the student, {'it has' if odd[0] in state else 'which needs'} {odd[0]} there. Keep "
+            "layers whose places agree, such as the first ones (layers=), or start fresh with architecture=."
+        )
 
 
 def renumbered(named: Mapping[str, Any], stack: str, kept: list[int]) -> dict[str, Any]:
@@ -102,7 +140,7 @@ def renumbered(named: Mapping[str, Any], stack: str, kept: list[int]) -> dict[st
 
 def refuse_compressed(teacher: Any) -> None:
     """Raise `UnsupportedModelError` for a teacher whose weights can't be copied as they are."""
-    if hasattr(teacher.config, "quantization_config"):
+    if getattr(teacher.config, "quantization_config", None) is not None:
         raise UnsupportedModelError(
             "The teacher has compressed or quantized layers. Make it dense first: to_dense(teacher)."
         )

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from hfshrink.distillation.students.depth import fresh_model
 from hfshrink.errors import SettingError
-from hfshrink.inputs import image_shape
+from hfshrink.inputs import image_shape, random_inputs
 from hfshrink.loading import TASKS, find_processor, infer_task
-from hfshrink.modules import PADDED_POSITIONS, max_positions
+from hfshrink.modules import max_positions
 
 TOKEN_IDS = tuple(f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep", "unk", "mask", "decoder_start"))
 FROM_TEACHER = ("num_labels", "id2label", "label2id", "problem_type", "vocab_size", "num_channels")
-"""Config entries that the student must share with its teacher."""
+"""Config entries that the student must share with its teacher, besides the ids of special tokens."""
+
+POSITIONS = "max_position_embeddings"
+
+TOKENS = 8
+"""Of the example that a fresh student is tried on, where its teacher has no longest input."""
 
 READS = {"input_ids": "text", "pixel_values": "images", "input_values": "audio", "input_features": "audio"}
 
@@ -35,19 +44,17 @@ def fresh_student(
         teacher.
 
     Raises:
-        SettingError: Unknown architecture or entry, other inputs than the teacher's, or no head for its task.
+        SettingError: Unknown architecture or entry, no head for the teacher's task, or a student that can't read the
+            teacher's inputs.
     """
     _check_architecture(architecture)
     task = infer_task(teacher)
     _check_inputs(teacher, architecture)
     _check_task(architecture, task)
     default = _make_config(architecture, {})
-    entries = _entries(default)
-    _check_entries(architecture, config, entries)
-    wanted = dict(config)
-    if num_layers is not None:
-        wanted[_layers_entry(architecture, entries)] = num_layers
-    taken = _from_teacher(teacher, default, entries)
+    wanted = _wanted(default, config, num_layers)
+    taken = _from_teacher(teacher, default, _entries(default))
+    taken = {name: value for name, value in _canonical(default, taken).items() if name not in wanted}
     student_config = _make_config(architecture, {**taken, **wanted})
     student_config._name_or_path = getattr(teacher.config, "_name_or_path", "")  # where the tokenizer lies
     import transformers
@@ -55,10 +62,15 @@ def fresh_student(
     auto = getattr(transformers, TASKS[task][0])
     model_class = auto._model_mapping[type(student_config)]
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    own_length = _canonical_name(default, POSITIONS) in wanted
     try:
-        return fresh_model(model_class, student_config, teacher), sorted(taken)
-    except (ValueError, RuntimeError, AssertionError) as error:
+        if not own_length:
+            _lengthen(student_config, model_class, teacher)
+        student = fresh_model(model_class, student_config, teacher)
+    except (ValueError, RuntimeError, AssertionError, KeyError) as error:
         raise SettingError(f"A {architecture!r} with {dict(wanted)} can't be built: {error}") from error
+    _check_reading(student, teacher, (_reads(student if own_length else teacher)) or TOKENS)
+    return student, sorted(taken)
 
 
 def _check_architecture(architecture: str) -> None:
@@ -113,9 +125,40 @@ def _entries(config: Any) -> set[str]:
     return {name for name in config.to_dict() if not name.startswith("_")} | set(config.attribute_map) | {"num_labels"}
 
 
-def _check_entries(architecture: str, config: Mapping[str, Any], entries: set[str]) -> None:
+def _canonical_name(config: Any, name: str) -> str:
+    """The name under which a config keeps an entry, such as `n_layers` for DistilBERT's `num_hidden_layers`."""
+    return config.attribute_map.get(name, name)
+
+
+def _canonical(config: Any, named: Mapping[str, Any]) -> dict[str, Any]:
+    return {_canonical_name(config, name): value for name, value in named.items()}
+
+
+def _wanted(default: Any, config: Mapping[str, Any], num_layers: int | None) -> dict[str, Any]:
+    """The entries that the caller gave, under their canonical names."""
+    architecture, entries = default.model_type, _entries(default)
+    _check_entries(architecture, config, default)
+    named = list(config.items())
+    if num_layers is not None:
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise SettingError(f"num_layers must be a whole number of at least 1, got {num_layers!r}.")
+        named.append((_layers_entry(architecture, entries), num_layers))
+    counts = Counter(_canonical_name(default, name) for name, _ in named)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise SettingError(
+            f"{twice} of a {architecture!r} is given twice, under two names"
+            + (", of which num_layers is one" if num_layers is not None else "")
+            + f": {', '.join(f'{n}={v!r}' for n, v in named if _canonical_name(default, n) == twice)}. Give it once."
+        )
+    return _canonical(default, dict(named))
+
+
+def _check_entries(architecture: str, config: Mapping[str, Any], default: Any) -> None:
+    entries = _entries(default)
+    shared = {_canonical_name(default, name) for name in (*FROM_TEACHER, *TOKEN_IDS)}
     for name, value in config.items():
-        if name in FROM_TEACHER:
+        if _canonical_name(default, name) in shared:
             raise SettingError(
                 f"{name}={value!r}: the student takes {name} from its teacher, so that their labels and inputs are "
                 "the same. Leave it out."
@@ -151,9 +194,45 @@ def _from_teacher(teacher: Any, default: Any, entries: set[str]) -> dict[str, An
         own, other = getattr(text, name, None), getattr(default, name, None)
         if own is not None or (isinstance(other, int) and other >= text.vocab_size):
             taken[name] = own
-    positions = max_positions(teacher) or getattr(text, "max_position_embeddings", None)
-    if "max_position_embeddings" in entries and positions is not None:
-        padded = default.model_type in PADDED_POSITIONS
-        pad = taken.get("pad_token_id", getattr(default, "pad_token_id", None)) or 0
-        taken["max_position_embeddings"] = positions + (pad + 1 if padded else 0)
+    positions = _reads(teacher) or getattr(text, POSITIONS, None)
+    if POSITIONS in entries and positions is not None:
+        taken[POSITIONS] = positions
     return taken
+
+
+def _reads(model: Any) -> int | None:
+    """Longest input in tokens; I-BERT's table of positions is no `Embedding`."""
+    known = max_positions(model)
+    for name, module in model.named_modules():
+        if known is None and name.endswith("position_embeddings") and hasattr(module, "padding_idx"):
+            known = len(module.weight) - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return known
+
+
+def _lengthen(config: Any, model_class: Any, teacher: Any) -> None:
+    """Add the rows of positions that the family does not read, such as those up to RoBERTa's padding id."""
+    with torch.device("meta"):
+        reads = _reads(fresh_model(model_class, config, teacher))
+    needed = _reads(teacher) or getattr(config, POSITIONS, None)
+    if reads is not None and needed is not None and reads < needed and hasattr(config, POSITIONS):
+        setattr(config, POSITIONS, getattr(config, POSITIONS) + needed - reads)
+
+
+def _check_reading(student: Any, teacher: Any, tokens: int) -> None:
+    """Raise `SettingError` for a student that can't read a random example of so many tokens, or of one image."""
+    is_image, no_end = teacher.main_input_name == "pixel_values", getattr(teacher.config, "eos_token_id", None) is None
+    hint = ""
+    try:
+        inputs = random_inputs(student, 1, tokens, find_processor(teacher) if is_image else None)
+        if "input_ids" in inputs and no_end:  # then the teacher's texts need not end as the student expects
+            inputs["input_ids"][:, -1] = inputs["input_ids"][:, 0]
+            hint = " Maybe it reads the end-of-sequence token, and the teacher's config has no eos_token_id."
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(student).eval()(**inputs)  # a copy: BigBird changes its attention by the length
+    except (SettingError, ValueError, RuntimeError, IndexError, TypeError) as error:
+        what = "an image of the teacher's size" if is_image else f"{tokens} tokens, as many as its teacher reads"
+        raise SettingError(
+            f"A {student.config.model_type!r} of these sizes can't read {what}: {' '.join(str(error).split())[:300]}."
+            f"{hint if student.config.is_encoder_decoder else ''} Give sizes of its config that fit, or another "
+            "architecture=."
+        ) from error

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hfshrink.calibration import batches
-from hfshrink.distillation.students.width import HIDDEN, Axis, layer_blocks, widths_of
+from hfshrink.distillation.students.slicing import HIDDEN, Axis
+from hfshrink.distillation.students.width import block_boxes, layer_blocks, widths_of
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode
 from hfshrink.modules import layer_stack
@@ -119,13 +120,20 @@ def magnitude_scores(
 ) -> dict[str, Tensor]:
     """Unit -> L2 norm of all weights that a unit has on the given axes, the scores where there is no data.
 
+    A weight that two names share, such as tied embeddings, counts once.
+
     Example:
         >>> axes = [Axis("w", 0, "hidden"), Axis("w", 1, "hidden")]
         >>> magnitude_scores({"w": torch.tensor([[0.0, 3.0], [0.0, 0.0]])}, axes, {"hidden": 2})["hidden"].tolist()
         [3.0, 3.0]
     """
     squares: dict[str, Tensor] = {}
+    seen = set()
     for axis in axes:
+        place = (state[axis.weight].data_ptr(), state[axis.weight].shape, axis.dim)
+        if place in seen:
+            continue
+        seen.add(place)
         weight = state[axis.weight].detach().double().cpu().movedim(axis.dim, 0)
         per_unit = weight.square().reshape(axis.parts, counts[axis.unit], -1).sum(dim=(0, 2))
         squares[axis.unit] = squares.get(axis.unit, torch.zeros_like(per_unit)) + per_unit
@@ -160,7 +168,7 @@ def _watched(model: Any) -> dict[str, tuple[nn.Module, Callable[[Tensor, Tensor]
         attention, feed_forward = layer_blocks(model)
     except UnsupportedModelError:
         return found
-    widths = widths_of(model)
+    widths, boxes = widths_of(model), block_boxes(model)
     heads = widths.num_key_value_heads
     for number, layer in enumerate(layers):
         output = layer.get_submodule(attention.o)
@@ -168,7 +176,8 @@ def _watched(model: Any) -> dict[str, tuple[nn.Module, Callable[[Tensor, Tensor]
         found[f"{stack}.{number}.neurons"] = (layer.get_submodule(feed_forward.down), lambda x, _: x.double().abs())
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if type(module).__name__.endswith("Norm") and getattr(weight, "shape", None) == (widths.hidden_size,):
+        is_norm = type(module).__name__.endswith("Norm") and not name.startswith(boxes)
+        if is_norm and getattr(weight, "shape", None) == (widths.hidden_size,):
             found[f"norm:{name}"] = (module, lambda _, y: y.double().abs())
     return found
 

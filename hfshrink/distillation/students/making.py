@@ -2,41 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from hfshrink.distillation.students import targets as sizes
-from hfshrink.distillation.students.depth import (
-    fresh_model,
-    kept_layers,
-    refuse_compressed,
-    renumbered,
-    smaller_config,
-    spread_layers,
-)
+from hfshrink.distillation.students.cutting import Made, can_cut, cut, sketch
+from hfshrink.distillation.students.depth import kept_layers, refuse_compressed
 from hfshrink.distillation.students.families import fresh_student
-from hfshrink.distillation.students.importance import Importance, magnitude_scores, measure_importance
-from hfshrink.distillation.students.width import (
-    Widths,
-    cut_axes,
-    keep_units,
-    layer_blocks,
-    slice_state,
-    student_widths,
-    unit_counts,
-    widths_of,
-)
+from hfshrink.distillation.students.importance import measure_importance
+from hfshrink.distillation.students.width import layer_blocks, student_widths, widths_of
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.loading import infer_task, load
 from hfshrink.measurement import Measurement
 from hfshrink.modules import count_parameters, layer_stack
 from hfshrink.record import StepRecord, append_step, model_name
-
-__all__ = ["make_student", "spread_layers"]
 
 KEEP = ("spread", "first", "last", "influence")
 """Which layers stay."""
@@ -93,8 +76,8 @@ def make_student(
             iterable of batches; at most 1024 rows are run, and no labels are needed.
         max_parameters: Parameters at most, tied ones once.
         max_size_bytes: Bytes of the saved weight files at most, computed from shapes and checked on disk.
-        max_latency_ms: Milliseconds at most of one example of 128 tokens (or as many as the model has positions) on
-            this machine and one thread, the median of `measure_latencies`.
+        max_latency_ms: Milliseconds at most of one example on this machine and one thread, the median of
+            `measure_latencies`: 128 tokens (or as many as the model has positions), or one image of the config's size.
         architecture: A `model_type` of transformers. It must read what the teacher reads.
         **config: Widths in the spelling of the teacher's config (`hidden_size`, `intermediate_size`,
             `num_attention_heads`, `num_key_value_heads`; DistilBERT's `dim`, GPT-2's `n_embd`, …); with
@@ -182,18 +165,6 @@ class _Asked:
         return {**given, **self.targets, **self.config}
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A student, and what its record says."""
-
-    student: Any
-    method: list[str]
-    modules: list[str]
-    results: dict[str, Any]
-    measured: Measurement = field(default_factory=Measurement)
-    is_fresh: bool = False
-
-
 def _check(asked: _Asked) -> None:
     """Raise `SettingError` for keywords that make no sense together."""
     targets, config = ", ".join(asked.targets), ", ".join(asked.config)
@@ -244,9 +215,9 @@ def _problems(asked: _Asked, targets: str, config: str, sized: bool) -> list[tup
     ]
 
 
-def _fresh(teacher: Any, asked: _Asked) -> _Made:
+def _fresh(teacher: Any, asked: _Asked) -> Made:
     student, taken = fresh_student(teacher, str(asked.architecture), asked.config, asked.num_layers)
-    return _Made(
+    return Made(
         student,
         method=["architecture"],
         modules=[name for name, part in student.named_children() if any(True for _ in part.parameters())],
@@ -255,7 +226,7 @@ def _fresh(teacher: Any, asked: _Asked) -> _Made:
     )
 
 
-def _cut_as_asked(teacher: Any, asked: _Asked) -> _Made:
+def _cut_as_asked(teacher: Any, asked: _Asked) -> Made:
     depth = len(layer_stack(teacher)[1])
     _check_layers(depth, asked)
     refuse_compressed(teacher)
@@ -267,10 +238,10 @@ def _cut_as_asked(teacher: Any, asked: _Asked) -> _Made:
     )
     if asked.layers is not None:
         kept = [int(layer) for layer in asked.layers]
-    return _cut(teacher, kept, widths, importance, asked.keep)
+    return cut(teacher, kept, widths, importance, asked.keep)
 
 
-def _searched(teacher: Any, asked: _Asked) -> _Made:
+def _searched(teacher: Any, asked: _Asked) -> Made:
     """The first rung of the ladder that fits; measured again as it is, and the next one where it does not."""
     depth = len(layer_stack(teacher)[1])
     refuse_compressed(teacher)
@@ -286,11 +257,14 @@ def _searched(teacher: Any, asked: _Asked) -> _Made:
         return kept_layers(depth, rung.num_layers, asked.keep, influence)
 
     def build(rung: sizes.Rung) -> Any:
-        return fresh_model(type(teacher), smaller_config(teacher.config, kept_on(rung), rung.widths), teacher)
+        return sketch(teacher, kept_on(rung), rung.widths)
 
-    search = sizes.Search(sizes.ladder(depth, full), build, asked.targets)
+    def possible(rung: sizes.Rung) -> bool:
+        return can_cut(teacher, kept_on(rung), rung.widths)
+
+    search = sizes.Search(sizes.ladder(depth, full, possible), build, asked.targets)
     for rung in search.rungs[sizes.find_rung(search) :]:
-        made = _cut(teacher, kept_on(rung), rung.widths, importance, asked.keep)
+        made = cut(teacher, kept_on(rung), rung.widths, importance, asked.keep)
         found = sizes.measure(made.student, asked.targets)
         if sizes.fits(found, asked.targets):
             facts = {"target": dict(asked.targets), "reached": sizes.reached(found, asked.targets)}
@@ -299,39 +273,15 @@ def _searched(teacher: Any, asked: _Asked) -> _Made:
 
 
 def _check_layers(depth: int, asked: _Asked) -> None:
-    if asked.layers is not None:
-        kept = [int(layer) for layer in asked.layers]
-        if not kept or len(set(kept)) != len(kept) or min(kept) < 0 or max(kept) >= depth:
-            raise SettingError(f"layers must be different numbers in 0..{depth - 1}, got {list(asked.layers)}.")
-    number = asked.num_layers
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= depth):
+    layers, number = asked.layers, asked.num_layers
+    if layers is not None:
+        kept = list(layers) if isinstance(layers, Collection) else []
+        whole = all(_is_whole(layer) and 0 <= layer < depth for layer in kept)
+        if not kept or not whole or len(set(kept)) < len(kept):
+            raise SettingError(f"layers must be a list of different whole numbers in 0..{depth - 1}, got {layers!r}.")
+    if number is not None and not (_is_whole(number) and isinstance(number, int) and 1 <= number <= depth):
         raise SettingError(f"num_layers must be in 1..{depth} for this teacher, got {number!r}.")
 
 
-def _cut(teacher: Any, kept: list[int], widths: Widths | None, importance: Importance | None, keep: str) -> _Made:
-    """Build the smaller model afresh (its layers number themselves), and fill it with the teacher's weights."""
-    stack, modules = layer_stack(teacher)
-    dropped = [f"{stack}.{old}" for old in range(len(modules)) if old not in kept]
-    results: dict[str, Any] = {"kept_layers": kept}
-    method = ["influence" if keep == "influence" else "layers"] if dropped or widths is None else []
-    if keep == "influence" and importance is not None:
-        results["influence"] = [round(value, 6) for value in importance.influence]
-    student = fresh_model(type(teacher), smaller_config(teacher.config, kept, widths), teacher)
-    state = renumbered(teacher.state_dict(), stack, kept)
-    if widths is not None:
-        scores = None if importance is None else renumbered(importance.units, stack, kept)
-        state = _narrowed(state, student, renumbered(unit_counts(teacher), stack, kept), scores)
-        method.append("magnitude" if scores is None else "activation")
-        old, new = widths_of(teacher).to_dict(), widths_of(student).to_dict()
-        results["widths"] = {name: [value, new.get(name, value)] for name, value in old.items()}
-    student.load_state_dict(state)
-    student.generation_config = copy.deepcopy(getattr(teacher, "generation_config", None))
-    return _Made(student, method, dropped, results)
-
-
-def _narrowed(
-    state: dict[str, Any], student: Any, counts: dict[str, int], scores: dict[str, Any] | None
-) -> dict[str, Any]:
-    axes = cut_axes(state, student, counts)
-    scores = magnitude_scores(state, axes, counts) if scores is None else scores
-    return slice_state(state, axes, keep_units(scores, counts, unit_counts(student)), counts)
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

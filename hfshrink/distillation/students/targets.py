@@ -62,7 +62,7 @@ def check_targets(targets: Mapping[str, Any]) -> None:
             raise SettingError(f"{name} must be {what}, got {value!r}.")
 
 
-def ladder(depth: int, widths: Widths | None) -> list[Rung]:
+def ladder(depth: int, widths: Widths | None, possible: Callable[[Rung], bool] = lambda rung: True) -> list[Rung]:
     """Smaller and smaller students, depth first, then width.
 
     1. All layers, one less, …, half of them (rounded up), at full width.
@@ -72,6 +72,7 @@ def ladder(depth: int, widths: Widths | None) -> list[Rung]:
     Args:
         depth: The teacher's layers.
         widths: The teacher's widths; None for families whose widths can't be cut, where depth alone goes to 1.
+        possible: Whether a student of that size can be cut; rungs that can't are left out.
 
     Example:
         >>> [rung.num_layers for rung in ladder(6, None)]
@@ -79,12 +80,13 @@ def ladder(depth: int, widths: Widths | None) -> list[Rung]:
         >>> [tuple(rung.to_dict().values()) for rung in ladder(4, Widths(12, 24, 3, 3))]
         [(4,), (3,), (2,), (2, 8, 16, 2), (2, 4, 8, 1), (1, 4, 8, 1)]
     """
-    if widths is None:
-        return [Rung(number) for number in range(depth, 0, -1)]
-    half, groups = (depth + 1) // 2, widths.num_key_value_heads
-    rungs = [Rung(number) for number in range(depth, half - 1, -1)]
-    rungs += [Rung(half, _part(widths, left)) for left in range(groups - 1, 0, -1)]
-    return rungs + [Rung(number, rungs[-1].widths) for number in range(half - 1, 0, -1)]
+    half = (depth + 1) // 2
+    shallow = [Rung(number) for number in range(depth - 1, half - 1, -1)]
+    narrow = (
+        [Rung(half, _part(widths, left)) for left in range(widths.num_key_value_heads - 1, 0, -1)] if widths else []
+    )
+    rungs = [Rung(depth), *filter(possible, shallow + narrow)]
+    return rungs + list(filter(possible, [Rung(number, rungs[-1].widths) for number in range(half - 1, 0, -1)]))
 
 
 def _part(full: Widths, left: int) -> Widths:

@@ -1,20 +1,16 @@
-"""Narrower students: the blocks of a layer, the widths that fit, and slicing every weight to the kept units."""
+"""Narrower students: the blocks of a layer, and the widths that fit."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.modules import layer_stack
-
-HIDDEN = "hidden"
-"""The unit of the residual stream's channels, the same in every layer."""
 
 
 @dataclass(frozen=True)
@@ -102,32 +98,45 @@ class Widths:
         return named
 
 
-@dataclass(frozen=True)
-class Axis:
-    """An axis of a weight that is cut: it holds `parts` times all units (three where q, k and v are one weight)."""
-
-    weight: str
-    dim: int
-    unit: str
-    parts: int = 1
-
-
 def layer_blocks(model: Any) -> tuple[AttentionBlock, FeedForwardBlock]:
-    """The row of `BLOCKS` that fits the layers of a model.
+    """The row of `BLOCKS` that fits all layers of a model.
 
     Raises:
         UnsupportedModelError: None does.
     """
     _, layers = layer_stack(model)
-    owners = {name.rpartition(".")[0] for name, weight in layers[0].named_parameters() if weight.ndim > 1}
+    owners = [_owners(layer) for layer in layers]
     for attention, feed_forward in BLOCKS.values():
-        if owners == {attention.q, attention.k, attention.v, attention.o, *feed_forward.ups, feed_forward.down}:
+        expected = {attention.q, attention.k, attention.v, attention.o, *feed_forward.ups, feed_forward.down}
+        if all(found == expected for found in owners):
             return attention, feed_forward
     raise UnsupportedModelError(
         f"The widths of the family {model.config.model_type!r} can't be cut: its layers have the weights "
-        f"{', '.join(sorted(owners))}, expected those of {'; '.join(BLOCKS)}. Drop layers of it (num_layers=), or "
-        "start a fresh student with architecture=."
+        f"{', '.join(sorted(set().union(*owners)))}, expected those of {'; '.join(BLOCKS)} in each. Drop layers of it "
+        "(num_layers=), or start a fresh student with architecture=."
     )
+
+
+def _owners(layer: nn.Module) -> set[str]:
+    return {name.rpartition(".")[0] for name, weight in layer.named_parameters() if weight.ndim > 1}
+
+
+def block_boxes(model: Any) -> tuple[str, ...]:
+    """Prefixes of the names inside the attention and the feed-forward of each layer.
+
+    What lies in there counts heads and neurons: a channel of the residual stream is never assumed by its size. Blocks
+    without a module of their own (OPT's `fc1`) have none.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=6, vocab_size=9)
+        >>> block_boxes(BertModel(BertConfig(**sizes)))
+        ('encoder.layer.0.attention.self.', 'encoder.layer.0.intermediate.')
+    """
+    stack, layers = layer_stack(model)
+    attention, feed_forward = layer_blocks(model)
+    inner = [name.rpartition(".")[0] for name in (attention.q, feed_forward.ups[0])]
+    return tuple(f"{stack}.{number}.{box}." for number in range(len(layers)) for box in inner if box)
 
 
 def widths_of(model: Any) -> Widths:
@@ -137,7 +146,7 @@ def widths_of(model: Any) -> Widths:
     down: Any = layers[0].get_submodule(feed_forward.down)
     config, heads = model.config, model.config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return Widths(config.hidden_size, down.weight.shape[_in_dim(down)], heads, groups)
+    return Widths(config.hidden_size, down.weight.shape[input_axis(down)], heads, groups)
 
 
 def student_widths(teacher: Any, given: Mapping[str, Any]) -> Widths:
@@ -231,118 +240,6 @@ def set_widths(config: Any, widths: Widths) -> None:
             setattr(config, name, widths.hidden_size)
 
 
-def unit_counts(model: Any) -> dict[str, int]:
-    """Unit -> how many of it a model has: channels, and per layer neurons and heads (groups of heads in GQA)."""
-    stack, layers = layer_stack(model)
-    widths = widths_of(model)
-    counts = {HIDDEN: widths.hidden_size}
-    for number in range(len(layers)):
-        counts[f"{stack}.{number}.neurons"] = widths.intermediate_size
-        counts[f"{stack}.{number}.heads"] = widths.num_key_value_heads
-    return counts
-
-
-def cut_axes(state: Mapping[str, Tensor], student: Any, counts: Mapping[str, int]) -> list[Axis]:
-    """The axes at which the teacher's weights are longer than the student's, each with the unit that it counts.
-
-    Args:
-        state: The teacher's weights under the student's names.
-        student: The narrower model.
-        counts: Unit -> how many the teacher has.
-
-    Raises:
-        UnsupportedModelError: Other weights, or an axis that is no number of units.
-    """
-    target, known = student.state_dict(), _block_axes(student)
-    new_counts = unit_counts(student)
-    family = student.config.model_type
-    if set(state) != set(target):
-        names = ", ".join(sorted(set(state) ^ set(target))[:4])
-        raise UnsupportedModelError(
-            f"A {family!r} of these widths has other weights than its teacher ({names}). Keep hidden_size apart from "
-            "embedding_size, or start fresh with architecture=."
-        )
-    found = []
-    for name, weight in state.items():
-        for dim, (old, new) in enumerate(zip(weight.shape, target[name].shape, strict=True)):
-            if old == new:
-                continue
-            # elsewhere channels are counted, in a head that reads two pooled states side by side twice
-            axis = known.get((name, dim), Axis(name, dim, HIDDEN, max(1, old // counts[HIDDEN])))
-            per_unit, rest = divmod(old, axis.parts * counts[axis.unit])
-            if rest or new != per_unit * axis.parts * new_counts[axis.unit]:
-                raise UnsupportedModelError(
-                    f"The widths of the family {family!r} can't be cut: {name} has {old} on axis {dim}, and {new} in "
-                    f"the student, which is no number of {axis.unit} ({counts[axis.unit]} -> "
-                    f"{new_counts[axis.unit]}). Start fresh with architecture=."
-                )
-            found.append(axis)
-    return found
-
-
-def _block_axes(model: Any) -> dict[tuple[str, int], Axis]:
-    """(weight, axis) -> what is cut there, for all axes that count heads or neurons."""
-    stack, layers = layer_stack(model)
-    attention, feed_forward = layer_blocks(model)
-    parts = 3 if attention.q == attention.k == attention.v else 1
-    found: list[Axis] = []
-    for number, layer in enumerate(layers):
-        prefix = f"{stack}.{number}"
-        for name in {attention.q: 0, attention.k: 0, attention.v: 0}:
-            found += _out_axes(layer.get_submodule(name), f"{prefix}.{name}", f"{prefix}.heads", parts)
-        for name in feed_forward.ups:
-            found += _out_axes(layer.get_submodule(name), f"{prefix}.{name}", f"{prefix}.neurons", 1)
-        for name, unit in ((attention.o, "heads"), (feed_forward.down, "neurons")):
-            module = layer.get_submodule(name)
-            found.append(Axis(f"{prefix}.{name}.weight", _in_dim(module), f"{prefix}.{unit}"))
-    return {(axis.weight, axis.dim): axis for axis in found}
-
-
-def _out_axes(module: nn.Module, name: str, unit: str, parts: int) -> list[Axis]:
-    return [Axis(f"{name}.weight", 1 - _in_dim(module), unit, parts), Axis(f"{name}.bias", 0, unit, parts)]
-
-
-def _in_dim(module: nn.Module) -> int:
+def input_axis(module: nn.Module) -> int:
     """The axis of a weight that meets the input: 1 in a Linear (out, in), 0 in GPT-2's Conv1D (in, out)."""
     return 1 if isinstance(module, nn.Linear) else 0
-
-
-def block_indices(kept: Tensor, units: int, size: int, parts: int = 1) -> Tensor:
-    """Positions on an axis of `size` that holds `parts` times `units` blocks of neighbours, of the kept units.
-
-    Example:
-        >>> block_indices(torch.tensor([0, 2]), units=3, size=6).tolist()
-        [0, 1, 4, 5]
-        >>> block_indices(torch.tensor([1]), units=2, size=6, parts=3).tolist()
-        [1, 3, 5]
-    """
-    return torch.arange(size).view(parts, units, -1)[:, kept].flatten()
-
-
-def keep_units(
-    scores: Mapping[str, Tensor], counts: Mapping[str, int], new_counts: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """Unit -> the numbers of the highest-scored ones, in rising order; units that lose nothing need no score.
-
-    Example:
-        >>> keep_units({"hidden": torch.tensor([3.0, 1.0, 2.0])}, {"hidden": 3}, {"hidden": 2})
-        {'hidden': tensor([0, 2])}
-    """
-    kept = {}
-    for unit, new in new_counts.items():
-        if new != counts[unit]:
-            order = torch.sort(scores[unit].cpu(), descending=True, stable=True).indices
-            kept[unit] = order[:new].sort().values
-    return kept
-
-
-def slice_state(
-    state: Mapping[str, Tensor], axes: Sequence[Axis], kept: Mapping[str, Tensor], counts: Mapping[str, int]
-) -> dict[str, Tensor]:
-    """The weights with only the kept units on the given axes."""
-    sliced = dict(state)
-    for axis in axes:
-        weight = sliced[axis.weight]
-        index = block_indices(kept[axis.unit], counts[axis.unit], weight.shape[axis.dim], axis.parts)
-        sliced[axis.weight] = weight.index_select(axis.dim, index.to(weight.device))
-    return sliced

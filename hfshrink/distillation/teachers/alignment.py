@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 CLASS_TASKS = ("text-classification", "token-classification", "image-classification")
 
 
-def prepare_teacher(teacher: Any) -> tuple[nn.Module, Any]:
-    """Load a teacher (or take the loaded one), freeze it, and find its tokenizer or processor.
+def load_teacher(teacher: Any) -> tuple[nn.Module, Any]:
+    """Load a teacher (or take the loaded one), and find its tokenizer or processor.
 
     Raises:
         SettingError: It is no PyTorch model.
@@ -29,7 +29,7 @@ def prepare_teacher(teacher: Any) -> tuple[nn.Module, Any]:
         raise SettingError(
             f"The teacher must be a PyTorch model, got {type(model).__name__}. Distil from the float model."
         )
-    return model.requires_grad_(False).eval(), processor
+    return model, processor
 
 
 def head_kind(task: str, config: Any, teacher: Any = None, labels: Any = None) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hfshrink.data import collate, row_lengths
 from hfshrink.distillation.teachers.alignment import ask_teacher, check_finite
-from hfshrink.distillation.teachers.collator import find_positions
+from hfshrink.distillation.teachers.collator import check_inputs, find_positions
 from hfshrink.distillation.teachers.store import DTYPES, Row
 from hfshrink.errors import SettingError
 from hfshrink.inputs import eval_mode
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 ROW_TASKS = ("text-classification", "image-classification")  # one answer per example
+CHUNK = 128  # positions that are drawn at once: float64 of all would take four times a row's logits
 
 
 def row_parts(signal: str, entries: int, dtype: str, classes: int) -> dict[str, str]:
@@ -60,10 +61,13 @@ def sample_entries(logits: Tensor, entries: int, generator: torch.Generator) -> 
         ([1], [50])
     """
     positions, classes = logits.shape
-    steps = torch.softmax(logits.double(), dim=-1).cumsum(-1)
-    draws = torch.rand(positions, entries, generator=generator, dtype=torch.float64) * steps[:, -1:]
-    ids = torch.searchsorted(steps, draws, right=True).clamp(max=classes - 1)  # right: never an id of probability 0
-    flat = (torch.arange(positions)[:, None] * classes + ids).flatten().numpy()
+    draws = torch.rand(positions, entries, generator=generator, dtype=torch.float64)
+    for start in range(0, positions, CHUNK):
+        steps = torch.softmax(logits[start : start + CHUNK].double(), dim=-1).cumsum(-1)
+        below = draws[start : start + CHUNK] * steps[:, -1:]
+        found = torch.searchsorted(steps, below, right=True)  # right: never an id of probability 0
+        draws[start : start + CHUNK] = found.clamp(max=classes - 1)  # whole numbers, exact in float64
+    flat = (torch.arange(positions)[:, None] * classes + draws.long()).flatten().numpy()
     unique, counts = np.unique(flat, return_counts=True)
     widths = np.bincount(unique // classes, minlength=positions)
     return {"widths": widths, "ids": unique % classes, "counts": counts}
@@ -133,31 +137,55 @@ class TeacherRun:
                 first.setdefault(key, number)
         if not first:
             return
-        fed = accepted_inputs(self.model) | {"label", "label_ids"}  # a collator may ask for labels, the teacher won't
-        columns = (
-            self.input_columns(encoded) if self.collator is None else [n for n in encoded.column_names if n in fed]
-        )
-        chosen = encoded.select_columns(columns).select(list(first.values()))
-        names = list(first)
+        chosen = self._fed(encoded).select(list(first.values()))
+        names, portions = list(first), _portions(chosen, self.batch_size)
         with eval_mode(self.model):
-            for portion, (numbers, features) in enumerate(_portions(chosen, self.batch_size)):
-                if portion == 0 and self.collator is not None:
-                    _check_repeatable(self.collator, features)
-                logits, starts, lengths = self._ask(features)
+            for numbers in progress(portions, "teacher's logits", total=len(portions)):
+                logits, starts, lengths = self._ask(_features(chosen, numbers))
                 for number, row, start, length in zip(numbers, logits, starts, lengths, strict=True):
                     yield names[number], self._keep(row[start : start + length], names[number])
 
+    def check_collator(self, encoded: Dataset) -> None:
+        """Try the data collator on the longest rows, before the teacher runs and though it need not run at all.
+
+        Raises:
+            SettingError: It draws at random, or it changes what the teacher reads.
+        """
+        if self.collator is not None:
+            rows = self._fed(encoded)
+            features = _features(rows, _portions(rows, self.batch_size)[0])
+            _check_repeatable(self.collator, features)
+            self._batch(features)
+
+    def _fed(self, encoded: Dataset) -> Dataset:
+        fed = accepted_inputs(self.model) | {"label", "label_ids"}  # a collator may ask for labels, the teacher won't
+        return encoded.select_columns(
+            self.input_columns(encoded) if self.collator is None else [n for n in encoded.column_names if n in fed]
+        )
+
+    def _batch(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the teacher reads: the rows' own values, whoever put them together."""
+        if self.collator is None:
+            columns = {name: [row[name] for row in features] for name in features[0]}
+            batch: dict[str, Any] = dict(collate(columns, self.model, self.processor))
+        else:
+            made = dict(self.collator([dict(row) for row in features]))
+            batch = {name: value for name, value in made.items() if value is not None}
+        if self.task == "text2text-generation" and "decoder_input_ids" not in features[0]:
+            make: Any = self.model.prepare_decoder_input_ids_from_labels
+            if "labels" not in batch:
+                raise SettingError("The data collator drops 'labels', the target that the teacher answers for.")
+            batch.setdefault("decoder_input_ids", make(labels=batch["labels"]))
+            starts = [make(labels=torch.tensor([row["labels"]]))[0] for row in features]
+            features = [{**row, "decoder_input_ids": ids} for row, ids in zip(features, starts, strict=True)]
+        if self.collator is not None:
+            tokenizer = getattr(self.processor, "tokenizer", self.processor)
+            check_inputs(features, batch, accepted_inputs(self.model) - self.label_names(), tokenizer)
+        return batch
+
     def _ask(self, features: list[dict[str, Any]]) -> tuple[Tensor, list[int], list[int]]:
         """Logits (batch, positions, classes), and where each row's own positions begin and how many they are."""
-        if self.collator is None:
-            batch = collate(
-                {name: [row[name] for row in features] for name in features[0]}, self.model, self.processor
-            )
-        else:
-            batch = dict(self.collator([dict(row) for row in features]))
-        if self.task == "text2text-generation" and batch.get("decoder_input_ids") is None:
-            make: Any = self.model.prepare_decoder_input_ids_from_labels
-            batch["decoder_input_ids"] = make(labels=batch["labels"])
+        batch = self._batch(features)
         outputs = ask_teacher(self.model, batch, accepted_inputs(self.model), self.label_names())
         if self.task == "question-answering":
             logits = torch.stack((outputs.start_logits, outputs.end_logits), dim=-1)
@@ -175,16 +203,14 @@ class TeacherRun:
 
     def _positions(self, features: list[dict[str, Any]], batch: dict[str, Any]) -> tuple[list[int], list[int], int]:
         """Where each row's answer begins in the logits, how many positions it has, and how many the batch has."""
+        if self.per_row:
+            return [0] * len(features), [1] * len(features), 1
         name = "input_ids"
         if self.task == "text2text-generation":
             name = "labels" if "labels" in features[0] else "decoder_input_ids"
-        if name in features[0] and (not self.per_row or name in batch):
-            only = [{name: row[name]} for row in features]
-            lengths = [len(row[name]) for row in features]
-            tokenizer = getattr(self.processor, "tokenizer", self.processor)
-            width, starts = find_positions(only, batch, lengths, tokenizer)  # refuses changed tokens for all heads
-        if self.per_row:
-            return [0] * len(features), [1] * len(features), 1
+        only = [{name: row[name]} for row in features]
+        lengths = [len(row[name]) for row in features]
+        width, starts = find_positions(only, batch, lengths, getattr(self.processor, "tokenizer", self.processor))
         return starts, lengths, width
 
     def _keep(self, logits: Tensor, key: bytes) -> Row:
@@ -201,17 +227,18 @@ class TeacherRun:
         return {name: np.array(part, DTYPES[self.parts[name]]) for name, part in row.items()}
 
 
-def _portions(rows: Dataset, batch_size: int) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
-    """Row numbers and rows, those of like length together and the longest first."""
+def _portions(rows: Dataset, batch_size: int) -> list[list[int]]:
+    """Row numbers, those of like length together and the longest first."""
     order = list(range(len(rows)))
     if "input_ids" in rows.column_names:
         lengths = row_lengths(rows)
         order.sort(key=lambda row: -lengths[row])
-    plain, starts = rows.with_format(None), range(0, len(order), batch_size)
-    for start in progress(starts, "teacher's logits", total=len(starts)):
-        numbers = order[start : start + batch_size]
-        columns = plain[numbers]
-        yield numbers, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _features(rows: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
+    columns = rows.with_format(None)[numbers]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _check_repeatable(collator: Callable[[list[dict[str, Any]]], Any], features: list[dict[str, Any]]) -> None:

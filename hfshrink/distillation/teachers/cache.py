@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from hfshrink.data import INPUT_COLUMNS, LANGUAGE_TASKS, encode, read_dataset, r
 from hfshrink.distillation.teachers.answers import TeacherRun, row_parts
 from hfshrink.distillation.teachers.collator import TEACHER_COLUMNS, TeacherCollator, check_collator, teacher_outputs
 from hfshrink.distillation.teachers.fingerprints import cache_settings
-from hfshrink.distillation.teachers.store import KEY_BYTES, Row, open_store
+from hfshrink.distillation.teachers.store import KEY_BYTES, TABLES, Row, open_store
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.labels import find_label_column
 from hfshrink.loading import infer_task, load
@@ -35,6 +36,7 @@ LARGE_BYTES = 2**30  # full logits above this are worth a warning
 SAMPLED_BYTES = 40  # per position: about 12 different ids of 50 draws, 3 bytes each
 TABLE_BYTES = 64 * 2**20  # of one record batch: what is in memory at once
 TABLE_ROWS = 1000
+KEPT_TABLES = 8  # row orders that stay on disk
 
 
 def cache_teacher(
@@ -58,21 +60,23 @@ def cache_teacher(
     distribution, `teacher_ids` and `teacher_counts` (Random Sampling KD, Anshumann et al. 2025, arXiv:2503.16870): its
     mean is the teacher's distribution, where the largest entries alone are biased. Collate the rows with
     `TeacherCollator`. The answers stay in the teacher's own label order, and the data must be the same in every epoch:
-    no augmentation, no masks drawn anew.
+    no augmentation, no masks drawn anew. Cached answers equal live ones bit for bit in batches of the same shape;
+    other padding or batch sizes give the noise of floats, about 1e-6 of the logits.
 
     Args:
         dataset: A `datasets.Dataset`, raw or encoded.
         teacher: A model, folder or Hub id with any head.
         processor: Its tokenizer or processor; None looks beside the model. Needed for raw rows.
         cache_dir: A folder that keeps the answers by the content of each row: rows may be shuffled, cut, added or
-            doubled later, and only new ones are computed; a killed run goes on where it was. None keeps them in
-            memory.
+            doubled later, and only new ones are computed; a killed run goes on where it was. A copy for each order
+            of rows lies in its folder `tables`, the last 8 of them. None keeps them in memory.
         signal: "full" logits, "sampled", or "top_k" probabilities (`teacher_probabilities`; what they leave over to 1
             is one bucket of all others); None takes "full" for classes and "sampled" for language models.
         entries: Draws per position of "sampled" (50 give about 12 different ids), or k of "top_k".
         dtype: "float32", exact, or "float16" for full logits.
         batch_size: Rows per forward pass.
-        data_collator: Makes the teacher's batches; None pads to the longest row. It must not change tokens.
+        data_collator: Makes the teacher's batches; None pads to the longest row. It may pad and make masks of
+            lengths, but not change, drop or add what the teacher reads.
         text_columns: Columns of text of raw rows, as in `evaluate`.
         seed: Of the draws. They depend on it and on the row's content only, not on order, batch or process.
 
@@ -81,7 +85,8 @@ def cache_teacher(
         lie on each word's first token; tags that are text become the teacher's label ids).
 
     Raises:
-        SettingError: Unknown settings, a collator that masks at random, empty data, answers that are not finite.
+        SettingError: Unknown settings, a collator that masks at random or changes inputs, empty data, inputs that
+            hold None or NaN, answers that are not finite.
         UnsupportedModelError: The teacher has no head.
         CheckpointError: `cache_dir` holds another teacher's answers, other settings, or corrupt files; the message
             names what differs.
@@ -94,6 +99,8 @@ def cache_teacher(
         >>> cache_teacher(rows, BertForSequenceClassification(config)).column_names
         ['input_ids', 'labels', 'teacher_logits']
     """
+    from datasets import concatenate_datasets
+
     model, found = load(teacher)
     processor = processor or found
     task = _check_teacher(model)
@@ -107,13 +114,16 @@ def cache_teacher(
     parts = row_parts(signal, entries, dtype, classes)
     run = TeacherRun(model, task, signal, entries, seed, classes, parts, batch_size, data_collator, processor)
     keys = row_keys(encoded, run.input_columns(encoded))
+    run.check_collator(encoded)
     if cache_dir is None:
         rows = dict(run.answers(encoded, keys, set(keys)))
         size = sum(part.nbytes for part in next(iter(rows.values())).values())
         table = build_table(keys, lambda wanted: [rows[key] for key in wanted], size, run.per_row, None)
     else:
         table = _through_store(run, encoded, keys, cache_dir)
-    return _join_columns(encoded, table)
+    if encoded._indices is not None:  # else both sides are copied, the teacher's too
+        encoded = encoded.flatten_indices()
+    return concatenate_datasets([encoded.with_format(None), table], axis=1)
 
 
 def _check_teacher(model: Any) -> str:
@@ -140,7 +150,7 @@ def _check_settings(task: str, signal: str | None, entries: int, dtype: str, bat
     if dtype not in ("float32", "float16"):
         raise SettingError(f"dtype must be 'float32' or 'float16', got {dtype!r}.")
     for name, value, most in (("entries", entries, 2**16 - 1), ("batch_size", batch_size, 2**31 - 1)):
-        if not isinstance(value, int) or not 1 <= value <= most:
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise SettingError(f"{name} must be a whole number in 1..{most}, got {value!r}.")
     return signal
 
@@ -157,10 +167,7 @@ def _warn_of_size(encoded: Dataset, classes: int, item: int) -> None:
     if size > LARGE_BYTES:
         logger.warning(
             "Full logits of %s tokens and %s classes take %.1f GB; signal='sampled' takes about %.3f GB.",
-            f"{tokens:,}",
-            f"{classes:,}",
-            size / 1e9,
-            tokens * SAMPLED_BYTES / 1e9,
+            *(f"{tokens:,}", f"{classes:,}", size / 1e9, tokens * SAMPLED_BYTES / 1e9),
         )
 
 
@@ -202,6 +209,9 @@ def row_keys(encoded: Dataset, names: list[str]) -> list[bytes]:
     Args:
         encoded: The rows.
         names: The columns that count.
+
+    Raises:
+        SettingError: A value is None or NaN.
     """
     rows, keys = encoded.select_columns(sorted(names)).with_format("numpy"), []
     step = 1000 if "input_ids" in names else 50
@@ -210,7 +220,12 @@ def row_keys(encoded: Dataset, names: list[str]) -> list[bytes]:
         for number in range(min(step, len(rows) - start)):
             digest = hashlib.blake2b(digest_size=KEY_BYTES)
             for name in sorted(names):
-                value = _dense(columns[name][number])
+                try:
+                    value = _dense(columns[name][number])
+                except (TypeError, ValueError) as error:
+                    raise SettingError(
+                        f"Row {start + number} can't be read in the column {name!r}: {error}."
+                    ) from None
                 digest.update(f"{name}:{value.dtype.kind}{value.shape};".encode())
                 digest.update(value.tobytes())
             keys.append(digest.digest())
@@ -219,25 +234,42 @@ def row_keys(encoded: Dataset, names: list[str]) -> list[bytes]:
 
 def _dense(value: Any) -> Any:
     array = np.asarray(value)
+    if array.dtype.kind not in "Oiufb" or value is None or (array.dtype.kind == "f" and np.isnan(array).any()):
+        raise ValueError("it holds None, NaN or text, expected numbers")
     if array.dtype == object:
         array = np.stack([_dense(item) for item in array])
     return array.astype({"i": np.int64, "u": np.int64, "f": np.float32}.get(array.dtype.kind, array.dtype))
 
 
 def _through_store(run: TeacherRun, encoded: Dataset, keys: list[bytes], cache_dir: Any) -> Dataset:
-    settings = cache_settings(run)
-    with open_store(cache_dir, settings) as store:
+    with open_store(cache_dir, cache_settings(run)) as store:
         for key, row in run.answers(encoded, keys, set(keys) - store.find(keys)):
             store.add(key, row)
         store.flush()
-        path = store.folder / "tables" / f"{hashlib.blake2b(b''.join(keys), digest_size=16).hexdigest()}.arrow"
-        return build_table(keys, store.read, store.row_bytes(), run.per_row, path)
+        digest = hashlib.blake2b(store.identity.encode() + b"".join(keys), digest_size=16).hexdigest()
+        path = store.folder / TABLES / f"{digest}.arrow"
+        table = _known_table(path, len(keys))
+        if table is None:
+            table = build_table(keys, store.read, store.row_bytes(), run.per_row, path)
+        used = sorted(path.parent.glob(f"{'?' * 32}.arrow"), key=lambda file: file.lstat().st_atime_ns)
+        for old in used[:-KEPT_TABLES]:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+                old.unlink()
+        return table
 
 
-def _join_columns(encoded: Dataset, table: Dataset) -> Dataset:
-    from datasets import concatenate_datasets
+def _known_table(path: Path, rows: int) -> Dataset | None:
+    """The table of an earlier call for the same rows in the same order."""
+    import datasets
+    import pyarrow as pa
 
-    return concatenate_datasets([encoded.with_format(None), table], axis=1)
+    try:
+        table = datasets.Dataset.from_file(str(path))
+    except (OSError, pa.ArrowException):  # not there, or cut short
+        return None
+    # Used now; the time of change is part of the data set's fingerprint and stays.
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    return table if len(table) == rows else None
 
 
 def build_table(
@@ -312,5 +344,7 @@ def _record_batch(rows: list[Row], per_row: bool) -> Any:
 def _lists(values: Any, lengths: list[int] | NDArray[Any]) -> Any:
     import pyarrow as pa
 
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(starts), values)
+    starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    if starts[-1] > 2**31 - 1:
+        raise SettingError(f"A row's answer has {starts[-1]:,} numbers, at most 2^31 - 1 fit. Give signal='sampled'.")
+    return pa.ListArray.from_arrays(pa.array(starts.astype(np.int32)), values)

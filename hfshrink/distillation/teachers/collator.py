@@ -19,7 +19,13 @@ TEACHER_COLUMNS = ("teacher_logits", "teacher_ids", "teacher_counts", "teacher_p
 """What `cache_teacher` adds: dense logits, or ids with the counts of a sample or with the largest probabilities."""
 
 TOKEN_COLUMNS = ("input_ids", "labels", "decoder_input_ids")  # one of them says where a row's positions lie in a batch
-NO_CHANCE = -1e4  # logit of a padded position in a softmax over positions: finite, and its probability is 0
+TARGET_COLUMNS = ("labels", "decoder_input_ids")  # where an encoder-decoder answers
+NO_CHANCE = -1e4  # logit of a padded position: finite, and its probability is 0 in a softmax over positions
+MAY_BE_ADDED = ("attention_mask", "position_ids")  # by a collator, from the lengths of the rows
+CHANGED = (
+    "The data collator {did} {name!r}, which the teacher reads, but answers are kept by the content of the rows. "
+    "Do it before caching, in the data set."
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,14 @@ class TeacherCollator:
     """Wraps a data collator so that a cached teacher's columns reach the batch.
 
     The columns are of different lengths, which collators can't stack. They are taken out, the inner collator makes the
-    batch, and they are padded with 0 to the batch's length, on the side where the batch has its padding. Rows without
-    them pass through. A loss must leave the padded positions out: 0 is no answer.
+    batch, and they are padded to the batch's length, on the side where the batch has its padding: logits with −10⁴
+    (in a softmax over positions, as in question answering, nothing), the others with 0. Rows without them pass
+    through. A loss must leave the padded positions out: they are no answer.
 
     Attributes:
         inner: Any data collator that keeps the tokens as they are.
+        encoder_decoder: Whether the answers lie at the tokens of the target. They do too where `inner` makes
+            `decoder_input_ids`, or has such a model; this says it where rows and targets are of the same length.
 
     Raises:
         SettingError: The inner collator masks or changes tokens, or the rows' lengths are not those that were cached.
@@ -46,6 +55,7 @@ class TeacherCollator:
     """
 
     inner: Callable[[list[dict[str, Any]]], Any]
+    encoder_decoder: bool = False
 
     def __post_init__(self) -> None:
         check_collator(self.inner)
@@ -59,8 +69,13 @@ class TeacherCollator:
         taken = {name: [row.pop(name) for row in rows] for name in names}
         batch = self.inner(rows)
         if taken:
-            batch.update(_tensors(taken, rows, batch, getattr(self.inner, "tokenizer", None)))
+            batch.update(_tensors(taken, lambda lengths: self._find(rows, batch, lengths)))
         return batch
+
+    def _find(self, rows: list[dict[str, Any]], batch: Any, lengths: list[int]) -> tuple[int, list[int]]:
+        config = getattr(getattr(self.inner, "model", None), "config", None)
+        target = self.encoder_decoder or bool(getattr(config, "is_encoder_decoder", False))
+        return find_positions(rows, batch, lengths, getattr(self.inner, "tokenizer", None), target)
 
 
 def teacher_outputs(batch: Mapping[str, Any], head: str) -> Any:
@@ -83,7 +98,7 @@ def teacher_outputs(batch: Mapping[str, Any], head: str) -> Any:
     """
     if batch.get("teacher_logits") is not None:
         logits = batch["teacher_logits"].float()
-        return _spans(logits, batch.get("attention_mask")) if head == "span" else SimpleNamespace(logits=logits)
+        return _spans(logits) if head == "span" else SimpleNamespace(logits=logits)
     if batch.get("teacher_ids") is None:
         return None
     drawn = batch.get("teacher_counts") is not None
@@ -105,7 +120,11 @@ def check_collator(collator: Any) -> None:
 
 
 def find_positions(
-    rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], lengths: Sequence[int], tokenizer: Any = None
+    rows: Sequence[Mapping[str, Any]],
+    batch: Mapping[str, Any],
+    lengths: Sequence[int],
+    tokenizer: Any = None,
+    target: bool = False,
 ) -> tuple[int, list[int]]:
     """Where each row's positions lie in a padded batch.
 
@@ -116,6 +135,7 @@ def find_positions(
         batch: What it made of them.
         lengths: Positions of each row's answer.
         tokenizer: Tells the likely side of the padding, for rows that would fit on both.
+        target: Prefer the target's tokens, where input and target are of these lengths both.
 
     Returns:
         The batch's length, and the first position of each row.
@@ -123,9 +143,10 @@ def find_positions(
     Raises:
         SettingError: No column of tokens has these lengths, or the collator changed the tokens.
     """
+    first = TARGET_COLUMNS if target or batch.get("decoder_input_ids") is not None else ()
     fitting = [
         name
-        for name in TOKEN_COLUMNS
+        for name in dict.fromkeys((*first, *TOKEN_COLUMNS))
         if name in batch and all(name in row and len(row[name]) == n for row, n in zip(rows, lengths, strict=True))
     ]
     if not fitting:
@@ -152,19 +173,73 @@ def find_positions(
     )
 
 
-def _tensors(
-    taken: Mapping[str, list[Any]], rows: list[dict[str, Any]], batch: Any, tokenizer: Any
-) -> dict[str, Tensor]:
+def check_inputs(
+    rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], accepted: set[str], tokenizer: Any = None
+) -> None:
+    """Hold a batch against its rows: a collator may pad and make masks of lengths, and nothing else.
+
+    Answers are kept by the content of the rows. A collator that scales pixels or drops token types makes others.
+
+    Args:
+        rows: The rows as they went into the collator.
+        batch: What it made of them; values that are None are not there.
+        accepted: What the teacher reads, without labels.
+        tokenizer: Tells the likely side of the padding, for rows that would fit on both.
+
+    Raises:
+        SettingError: A column that the teacher reads was changed, dropped or added.
+
+    Example:
+        >>> check_inputs([{"input_ids": [5]}], {"input_ids": torch.tensor([[5]])}, {"input_ids", "attention_mask"})
+    """
+    width, starts, lengths = 0, [0] * len(rows), [0] * len(rows)
+    if "input_ids" in accepted and "input_ids" in rows[0]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        only = [{"input_ids": row["input_ids"]} for row in rows]
+        width, starts = find_positions(only, batch, lengths, tokenizer)
+        if "attention_mask" in accepted:
+            rows = [{"attention_mask": [1] * n, **row} for row, n in zip(rows, lengths, strict=True)]
+            batch = {"attention_mask": torch.ones(len(rows), width), **batch}  # a model reads all without a mask
+    for name in sorted(accepted & {*rows[0], *batch} - {"input_ids"}):
+        if name not in batch:
+            raise SettingError(CHANGED.format(did="drops", name=name))
+        if name in rows[0]:
+            made = torch.as_tensor(batch[name]).cpu()
+            fits = len(made) == len(rows) and all(
+                _holds(made[i], row[name], start, -1 if name.startswith("decoder_") else n, name == "attention_mask")
+                for i, (row, start, n) in enumerate(zip(rows, starts, lengths, strict=True))
+            )
+            if not fits:
+                raise SettingError(CHANGED.format(did="changes", name=name))
+        elif name not in MAY_BE_ADDED and isinstance(batch[name], Tensor | np.ndarray | list):
+            raise SettingError(CHANGED.format(did="adds", name=name))
+
+
+def _holds(made: Tensor, value: Any, start: int, length: int, alone: bool) -> bool:
+    """Whether a batch's row holds a row's values, at its tokens or, for other lengths, on one side of the padding."""
+    wanted = torch.as_tensor(value).cpu()
+    wanted = wanted.to(made.dtype) if made.is_floating_point() else wanted
+    if made.ndim != wanted.ndim or made.shape[1:] != wanted.shape[1:]:
+        return False
+    if made.shape == wanted.shape:
+        return bool((made == wanted).all())
+    n = len(wanted)
+    sides = [start] if n == length else [0, len(made) - n]
+    found = any(n <= len(made) and bool((made[s : s + n] == wanted).all()) for s in sides)
+    return found and (not alone or bool(made.sum() == wanted.sum()))  # a mask is 0 around the row
+
+
+def _tensors(taken: Mapping[str, list[Any]], find: Callable[[list[int]], tuple[int, list[int]]]) -> dict[str, Tensor]:
     if "teacher_logits" in taken:
         values = [np.asarray(value, np.float32) for value in taken["teacher_logits"]]
         if values[0].ndim == 1:
             return {"teacher_logits": torch.from_numpy(np.stack(values))}
-        width, starts = find_positions(rows, batch, [len(value) for value in values], tokenizer)
-        padded = np.zeros((len(values), width, values[0].shape[-1]), np.float32)
+        width, starts = find([len(value) for value in values])
+        padded = np.full((len(values), width, values[0].shape[-1]), NO_CHANCE, np.float32)
         for row, start, value in zip(padded, starts, values, strict=True):
             row[start : start + len(value)] = value
         return {"teacher_logits": torch.from_numpy(padded)}
-    width, starts = find_positions(rows, batch, [len(value) for value in taken["teacher_ids"]], tokenizer)
+    width, starts = find([len(value) for value in taken["teacher_ids"]])
     found = {name: _pad_ragged(values, width, starts) for name, values in taken.items()}
     kinds = {name: np.float32 if value.dtype.kind == "f" else np.int64 for name, value in found.items()}
     return {name: torch.from_numpy(value.astype(kinds[name])) for name, value in found.items()}
@@ -181,10 +256,7 @@ def _pad_ragged(rows: list[Any], width: int, starts: list[int]) -> NDArray[Any]:
     return padded
 
 
-def _spans(logits: Tensor, attention_mask: Tensor | None) -> Any:
+def _spans(logits: Tensor) -> Any:
     from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-    if attention_mask is not None:
-        padded = (logits == 0).all(-1) & (attention_mask == 0)
-        logits = logits.masked_fill(padded[..., None], NO_CHANCE)
     return QuestionAnsweringModelOutput(start_logits=logits[..., 0], end_logits=logits[..., 1])

@@ -5,17 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from hfshrink.distillation.teachers.answers import TeacherRun
 from hfshrink.errors import SettingError
 from hfshrink.record import model_name, versions
 
-NAMES_ONLY = ("_name_or_path", "transformers_version", "architectures", "hfshrink", "dtype", "id2label", "label2id")
-"""Entries of a config that change no logit."""
+if TYPE_CHECKING:
+    from hfshrink.distillation.teachers.answers import TeacherRun
+
+NO_LOGIT = (
+    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "hfshrink", "dtype", "torch_dtype"),
+    *("id2label", "label2id", "problem_type", "task_specific_params", "gradient_checkpointing"),
+    *("use_cache", "output_hidden_states", "output_attentions", "return_dict", "use_return_dict"),
+    *("*dropout*", "*pdrop*", "*layerdrop*", "*drop_path*"),
+    *("max_length", "min_length", "max_new_tokens", "min_new_tokens", "do_sample", "early_stopping", "num_beams"),
+    *("num_beam_groups", "num_return_sequences", "top_p", "typical_p", "repetition_penalty"),
+    *("diversity_penalty", "length_penalty", "*no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
+    *("begin_suppress_tokens", "forced_*_token_id", "remove_invalid_values", "exponential_decay_length_penalty"),
+)
+"""Entries of a config that change no logit in eval mode, as wildcards: names, training, generation, what is returned.
+transformers sets `problem_type` itself at the first forward pass with labels."""
+
+SAME_ANSWERS = ("hfshrink.", "teacher.name.", "teacher.revision.", "collator.class.", "collator.settings.")
+"""Told, but they do not change an answer: whatever a collator is called, it must leave the inputs alone."""
+
+MOST_TOLD = 6  # differences in a message
 
 Scalar = str | int | float | bool | None
 
@@ -34,7 +52,7 @@ def cache_settings(run: TeacherRun) -> dict[str, Any]:
             "name": model_name(run.model),
             "revision": getattr(config, "_commit_hash", None),
             "class": type(run.model).__name__,
-            "config": _digest({k: v for k, v in config.to_dict().items() if k not in NAMES_ONLY}),
+            "config": json.loads(json.dumps(_that_count(config.to_dict()), sort_keys=True, default=str)),
             "weights": weights_digest(run.model),
         },
         "tokenizer": None if tokenizer is None else _tokenizer_settings(tokenizer),
@@ -75,6 +93,36 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """What differs in two runs' settings, for people.
+
+    A tokenizer that one side does not know is no difference: the rows were encoded before.
+
+    Args:
+        stored: Of the run that made the cache.
+        given: Of this run.
+
+    Example:
+        >>> differences({"answers": {"seed": 0}}, {"answers": {"seed": 1}})
+        ['answers.seed is 0 there, 1 here']
+    """
+    there, here = _flat(stored), _flat(given)
+    names = sorted((there.keys() | here.keys()) - {"format_version", "identity"})
+    unknown = stored.get("tokenizer") is None or given.get("tokenizer") is None
+    left_out = (*SAME_ANSWERS, *(("tokenizer.", "collator.pad_id.") if unknown else ()))
+    names = [name for name in names if not f"{name}.".startswith(left_out)]
+    found = [
+        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
+        for name in names
+        if there.get(name) != here.get(name)
+    ]
+    if len(found) > MOST_TOLD:
+        found[MOST_TOLD:] = [f"and {len(found) - MOST_TOLD} more"]
+    if found and there.get("teacher.name") != here.get("teacher.name"):
+        found.append(f"the teacher is {there.get('teacher.name')!r} there, {here.get('teacher.name')!r} here")
+    return found
+
+
 def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     if not hasattr(tokenizer, "get_vocab"):
         settings = tokenizer.to_dict() if hasattr(tokenizer, "to_dict") else {}
@@ -105,3 +153,19 @@ def _collator_settings(collator: Any, config: Any, tokenizer: Any) -> dict[str, 
 def _digest(settings: Mapping[str, Any]) -> str:
     text = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _that_count(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """The entries of a config that can change a logit, those of inner configs too."""
+    kept = {str(k): v for k, v in config.items() if not any(fnmatchcase(str(k), name) for name in NO_LOGIT)}
+    return {name: _that_count(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfshrink.distillation.teachers.alignment import align, ask_teacher, prepare_teacher
+from hfshrink.distillation.teachers.alignment import align, ask_teacher, load_teacher
 from hfshrink.distillation.teachers.ensemble import (
     calibrate_temperature,
     check_teacher_weights,
@@ -21,6 +21,8 @@ from hfshrink.labels import IGNORED
 from hfshrink.modules import accepted_inputs
 
 SPANS = ("start_logits", "end_logits")
+CALIBRATED_HEADS = ("single_label", "multi_label", "tokens", "causal_tokens")
+CALIBRATION_ITEMS = 4096  # examples or positions: a temperature is one number
 
 
 class Teachers:
@@ -55,7 +57,10 @@ class Teachers:
         if not teachers:
             raise SettingError("teacher is an empty list. Give one model, folder or Hub id, or several.")
         self.weights = check_teacher_weights(weights, len(teachers))
+        if len(teachers) == 1 and weights != "uniform":
+            raise SettingError(f"teacher_weights={weights!r} weighs several teachers, one is given.")
         self.temperatures: list[float] | None = None
+        self._multi_label = False
         self.models: list[nn.Module] = []
         self.processors: list[Any] = []
         self.orders: list[Tensor | None] = []
@@ -64,8 +69,9 @@ class Teachers:
                 raise SettingError(
                     "Teacher and student are the same object. Make a copy, or a smaller one: make_student(teacher, 3)."
                 )
-            model, found = prepare_teacher(teacher)
+            model, found = load_teacher(teacher)
             self.orders.append(align(student, model, processor, found, same_tokens=same_tokens))
+            model.requires_grad_(False).eval()
             movable = not getattr(model, "hf_device_map", None) and not getattr(model, "is_quantized", False)
             self.models.append(model.to(device) if movable and device is not None else model)
             self.processors.append(found)
@@ -78,38 +84,56 @@ class Teachers:
 
     def ask(self, inputs: dict[str, Any], label_names: Iterable[str]) -> Any:
         """Their outputs on a batch: one teacher's own outputs, of several only the combined logits."""
+        found = self._ask_each(inputs, label_names)
+        if len(found) == 1:
+            return found[0]
+        fields = SPANS if hasattr(found[0], "start_logits") else ("logits",)
+        combined = {name: self._combined([getattr(outputs, name) for outputs in found]) for name in fields}
+        return SimpleNamespace(**combined)
+
+    def calibrate(self, batches: Iterable[dict[str, Any]], label_names: Sequence[str], head: str) -> list[float]:
+        """Fit each teacher's temperature on held-out batches with labels, for `weights="confidence"`.
+
+        Args:
+            batches: Held-out batches; as many as give `CALIBRATION_ITEMS` items are read.
+            label_names: Names of the labels in them.
+            head: Kind of head, one of `CALIBRATED_HEADS`.
+
+        Raises:
+            SettingError: Another head, or no labels.
+        """
+        if head not in CALIBRATED_HEADS:
+            raise SettingError(
+                f"teacher_weights='confidence' needs a head with classes ({', '.join(CALIBRATED_HEADS)}), this one is "
+                f"{head!r}. Give numbers or 'uniform'."
+            )
+        logits: list[list[Tensor]] = [[] for _ in self.models]
+        truth: list[Tensor] = []
+        for batch in batches:
+            labels = batch.get(label_names[0])
+            if labels is None:
+                raise SettingError("Confidence weights are calibrated on labels; the held-out rows have none.")
+            labels = labels[:, 1:] if head == "causal_tokens" else labels
+            known = (labels != IGNORED).cpu() if head != "multi_label" else torch.ones(len(labels), dtype=torch.bool)
+            truth.append(labels.cpu()[known])
+            for number, outputs in enumerate(self._ask_each(batch, label_names)):
+                answer = outputs.logits[:, :-1] if head == "causal_tokens" else outputs.logits
+                logits[number].append(answer.float().cpu()[known])
+            if sum(map(len, truth)) >= CALIBRATION_ITEMS:
+                break
+        if not sum(map(len, truth)):
+            raise SettingError("Confidence weights need held-out rows with labels: eval_dataset has none.")
+        self._multi_label = head == "multi_label"
+        self.temperatures = [calibrate_temperature(torch.cat(rows), torch.cat(truth)) for rows in logits]
+        return self.temperatures
+
+    def _ask_each(self, inputs: dict[str, Any], label_names: Iterable[str]) -> list[Any]:
         names = set(label_names)
         found = [ask_teacher(m, inputs, kept, names) for m, kept in zip(self.models, self.inputs, strict=True)]
         for outputs, order in zip(found, self.orders, strict=True):
             if order is not None:
                 outputs.logits = in_student_order(outputs.logits, order)
-        if len(found) == 1:
-            return found[0]
-        fields = SPANS if "start_logits" in found[0] else ("logits",)
-        return SimpleNamespace(**{name: self._combined([outputs[name] for outputs in found]) for name in fields})
-
-    def calibrate(self, batches: Iterable[dict[str, Any]], label_names: Sequence[str]) -> list[float]:
-        """Fit each teacher's temperature on held-out batches with labels, for `weights="confidence"`.
-
-        Raises:
-            SettingError: No labels, or a head other than classification.
-        """
-        logits: list[list[Tensor]] = [[] for _ in self.models]
-        labels = []
-        for batch in batches:
-            given = batch.get(label_names[0])
-            if given is None or given.is_floating_point():
-                raise SettingError("Confidence weights are calibrated on class labels; the held-out rows have none.")
-            labels.append(given.flatten().cpu())
-            for number, (model, kept, order) in enumerate(zip(self.models, self.inputs, self.orders, strict=True)):
-                answer = ask_teacher(model, batch, kept, set(label_names)).logits
-                answer = answer if order is None else in_student_order(answer, order)
-                logits[number].append(answer.float().flatten(end_dim=-2).cpu())
-        if not labels or not bool((torch.cat(labels) != IGNORED).any()):
-            raise SettingError("Confidence weights need held-out rows with labels: eval_dataset has none.")
-        truth = torch.cat(labels)
-        self.temperatures = [calibrate_temperature(torch.cat(rows), truth) for rows in logits]
-        return self.temperatures
+        return found
 
     def _combined(self, logits: Sequence[Tensor]) -> Tensor:
         first = logits[0]
@@ -119,7 +143,8 @@ class Teachers:
         if self.temperatures is None:
             raise SettingError("Confidence weights are not calibrated yet: call calibrate with held-out batches.")
         scaled = [part / t for part, t in zip(aligned, self.temperatures, strict=True)]
-        return combine_logits(scaled, confidence_weights(aligned, self.temperatures))
+        weights = confidence_weights(aligned, self.temperatures, multi_label=self._multi_label)
+        return combine_logits(scaled, weights)
 
 
 def in_student_order(logits: Tensor, order: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hfshrink.distillation.checks import check_number, check_weights
 from hfshrink.distillation.losses.capture import Wanted
-from hfshrink.distillation.losses.checks import check_number, check_weights
 from hfshrink.distillation.losses.divergences import binary_cross_entropy, kl_divergence, mean_squared_error
 from hfshrink.distillation.losses.logits import TOKEN_HEADS
 from hfshrink.errors import SettingError, UnsupportedModelError
@@ -161,7 +161,10 @@ class DeepToShallowLoss:
         if self.hint_weight and deepest is None:
             raise SettingError("hint_weight needs layers by number: among named modules none is known as the last.")
         wanted = names if deepest is None or not self.hint_weight else [*names, deepest]
-        return ShallowHeads(self, names, deepest if self.hint_weight else None, *_probe(student_model, wanted))
+        widths, classes = _probe(student_model, wanted)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same heads on every process
+            return ShallowHeads(self, names, deepest if self.hint_weight else None, widths, classes)
 
 
 class ShallowHeads(nn.Module):

@@ -1,7 +1,7 @@
 """The teacher's answers on disk: shards keyed by the content of each row, written once and found again in any order.
 
 A folder holds `cache.json` (what the answers depend on), `shard-*.safetensors` (the answers) and `tables/` (Arrow
-files of the data sets that were asked for; they can be made again from the shards). A row's answer has n positions:
+files of the last data sets asked for; they can be made again from the shards). A row's answer has n positions:
 one for heads with one output per example. Its parts are
 
     full     logits (n, classes)
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,20 +26,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hfshrink.distillation.teachers.fingerprints import differences
 from hfshrink.errors import CheckpointError
 from hfshrink.saving import MAX_CONFIG_BYTES, write_text
 
 Row = dict[str, NDArray[Any]]
 
+logger = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 MANIFEST = "cache.json"
 LOCK = ".lock"
+TABLES = "tables"
 KEY_BYTES = 16
 SHARD_BYTES = 32 * 2**20  # a finished shard survives a kill: small enough to lose little, large enough to be few
 SHARD_SECONDS = 60.0
-OPEN_SHARDS = 64  # files held open at once
-SAME_ANSWERS = ("hfshrink.", "teacher.name.", "teacher.revision.", "collator.class.", "collator.settings.")
-"""Told, but they do not change an answer: whatever a collator is called, it must leave the tokens alone."""
+OPEN_SHARDS = 512  # files mapped into memory at once; what is read of each by then is a few numbers per row
+LEFTOVERS = (".shard-*.safetensors", f".{MANIFEST}.*", f"{TABLES}/.*.arrow.*")  # of processes that were killed
 DTYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "U16": np.uint16, "I32": np.int32}
 
 
@@ -58,7 +62,7 @@ def open_store(folder: str | Path, settings: dict[str, Any]) -> Iterator[Store]:
     Raises:
         CheckpointError: The folder is something else, was made with other settings, or can't be written.
     """
-    from filelock import FileLock
+    from filelock import FileLock, Timeout
 
     path = Path(folder).expanduser().absolute()
     if path.exists() and not path.is_dir():
@@ -66,7 +70,11 @@ def open_store(folder: str | Path, settings: dict[str, Any]) -> Iterator[Store]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path / LOCK)
-        lock.acquire()
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning("%s is in use; waiting for the other process to finish.", path)
+            lock.acquire()
     except OSError as error:
         raise CheckpointError(f"Can't write in {path}: {error}. Choose another cache_dir.") from error
     try:
@@ -85,20 +93,24 @@ class Store:
     Args:
         folder: Where the shards lie.
         identity: Random name of this cache: each shard holds it, so that a file of another cache is seen.
-        answers: `parts` (name -> dtype of safetensors) and `classes`.
+        answers: `parts` (name -> dtype of safetensors), `classes` and `entries`.
     """
 
     def __init__(self, folder: Path, identity: str, answers: Mapping[str, Any]) -> None:
         self.folder, self.identity = folder, identity
+        self.answers = answers
         self.parts: dict[str, str] = dict(answers["parts"])
-        self.classes = int(answers["classes"])
         self._places: dict[bytes, tuple[Path, int]] = {}
         self._open: dict[Path, Shard] = {}
         self._keys: list[bytes] = []
         self._rows: list[Row] = []
         self._bytes, self._since = 0, time.monotonic()
-        for left in folder.glob(".shard-*"):  # of a killed process: we hold the lock, so nobody writes it
-            left.unlink(missing_ok=True)
+        if (folder / TABLES).is_symlink():
+            raise CheckpointError(
+                f"{folder / TABLES} is a link. Files are written and deleted there: make it a folder."
+            )
+        for left in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
+            left.unlink(missing_ok=True)  # we hold the lock, so nobody writes it
 
     def find(self, keys: Iterable[bytes]) -> set[bytes]:
         """Look for keys in the shards; returns those that are there and can be read from now on.
@@ -109,8 +121,8 @@ class Store:
         wanted = set(keys)
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             stored = self._shard(path).keys
-            for number, key in enumerate(stored):
-                if key in wanted:
+            for number, row in enumerate(stored):
+                if (key := row.tobytes()) in wanted:
                     self._places.setdefault(key, (path, number))
         return wanted & self._places.keys()
 
@@ -170,7 +182,7 @@ class Store:
         if path not in self._open:
             while len(self._open) >= OPEN_SHARDS:
                 self._open.pop(next(iter(self._open)))
-            self._open[path] = open_shard(path, self.identity, self.parts, self.classes)
+            self._open[path] = open_shard(path, self.identity, self.answers)
         return self._open[path]
 
 
@@ -180,29 +192,42 @@ class Shard:
 
     path: Path
     file: Any
-    parts: tuple[str, ...]
-    classes: int
-    keys: list[bytes]
+    answers: Mapping[str, Any]
+    keys: NDArray[np.uint8]  # (rows, 16)
     positions: NDArray[np.int64]  # (rows + 1,): where each row's positions begin
-    widths: NDArray[np.int64] | None  # (positions,): entries of each position; None for full logits
-    entries: NDArray[np.int64] | None  # (positions + 1,): where each position's entries begin
+    entries: NDArray[np.int64] | None  # (rows + 1,): where each row's entries begin; None for full logits
 
     def row(self, number: int) -> Row:
         """The parts of one row."""
         start, end = int(self.positions[number]), int(self.positions[number + 1])
-        if self.entries is None or self.widths is None:
+        if self.entries is None:
             logits = self.file.get_slice("logits")[start:end]
             if not np.isfinite(logits).all():
                 raise _corrupt(self.path, f"row {number} holds NaN or infinity")
             return {"logits": logits}
-        a, b = int(self.entries[start]), int(self.entries[end])
-        row = {name: self.file.get_slice(name)[a:b] for name in self.parts if name != "widths"}
-        if a < b and not 0 <= int(row["ids"].min()) <= int(row["ids"].max()) < self.classes:
-            raise _corrupt(self.path, f"row {number} holds ids outside 0..{self.classes - 1}")
-        return {"widths": self.widths[start:end], **row}
+        a, b = int(self.entries[number]), int(self.entries[number + 1])
+        bounds = {name: (start, end) if name == "widths" else (a, b) for name in self.answers["parts"]}
+        row = {name: self.file.get_slice(name)[c:d] for name, (c, d) in bounds.items()}
+        if wrong := _wrong_entries(row, int(self.answers["classes"]), self.answers["entries"]):
+            raise _corrupt(self.path, f"row {number} holds {wrong}")
+        return row
 
 
-def open_shard(path: Path, identity: str, parts: Mapping[str, str], classes: int) -> Shard:
+def _wrong_entries(row: Row, classes: int, draws: int) -> str | None:
+    """What can't be in a row of ids with counts or probabilities; None where all is well."""
+    if (row["ids"] < 0).any() or (row["ids"] >= classes).any():
+        return f"ids outside 0..{classes - 1}"
+    if "probabilities" in row:
+        fine = ((row["probabilities"] >= 0) & (row["probabilities"] <= 1)).all()  # NaN is neither
+        return None if fine else "probabilities outside 0..1"
+    ends = np.cumsum(row["widths"], dtype=np.int64)
+    drawn = np.diff(np.concatenate([[0], np.cumsum(row["counts"], dtype=np.int64)])[np.concatenate([[0], ends])])
+    if (row["counts"] < 1).any() or (drawn != draws).any():
+        return f"counts that do not add up to {draws} draws per position"
+    return None
+
+
+def open_shard(path: Path, identity: str, answers: Mapping[str, Any]) -> Shard:
     """Open a shard and hold its shapes against each other before anything is read by them.
 
     Raises:
@@ -210,6 +235,9 @@ def open_shard(path: Path, identity: str, parts: Mapping[str, str], classes: int
     """
     from safetensors import SafetensorError, safe_open
 
+    parts: Mapping[str, str] = answers["parts"]
+    if path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{path} is a link or no file: it is not of this cache. Move it out of the folder.")
     try:
         file = safe_open(path, "np")
         found = (file.metadata() or {}).get("hfshrink_cache")
@@ -219,20 +247,17 @@ def open_shard(path: Path, identity: str, parts: Mapping[str, str], classes: int
             )
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         kinds = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
-        _check_kinds(path, kinds, parts, classes)
-        lengths = file.get_tensor("lengths").astype(np.int64)
-        positions = _starts(path, lengths)
+        _check_kinds(path, kinds, parts, int(answers["classes"]))
+        positions = _starts(path, file.get_tensor("lengths"))
         first = "widths" if "widths" in parts else "logits"
         if positions[-1] != kinds[first][1][0]:
             raise _corrupt(path, f"its rows have {positions[-1]} positions, {first} {kinds[first][1][0]}")
-        keys = [key.tobytes() for key in file.get_tensor("keys")]
-        if first == "logits":
-            return Shard(path, file, tuple(parts), classes, keys, positions, None, None)
-        widths = file.get_tensor("widths").astype(np.int64)
-        entries = _starts(path, widths)
-        if entries[-1] != kinds["ids"][1][0]:
-            raise _corrupt(path, f"its positions have {entries[-1]} entries, ids {kinds['ids'][1][0]}")
-        return Shard(path, file, tuple(parts), classes, keys, positions, widths, entries)
+        entries = None
+        if first == "widths":
+            entries = _starts(path, file.get_tensor("widths"))[positions]
+            if entries[-1] != kinds["ids"][1][0]:
+                raise _corrupt(path, f"its positions have {entries[-1]} entries, ids {kinds['ids'][1][0]}")
+        return Shard(path, file, answers, file.get_tensor("keys"), positions, entries)
     except (OSError, SafetensorError) as error:
         raise _corrupt(path, str(error)) from error
 
@@ -250,10 +275,10 @@ def _check_kinds(path: Path, kinds: Mapping[str, Any], parts: Mapping[str, str],
         raise _corrupt(path, f"its shapes do not fit: {_some(kinds)}")
 
 
-def _starts(path: Path, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def _starts(path: Path, lengths: NDArray[Any]) -> NDArray[np.int64]:
     if len(lengths) and lengths.min() < 0:
         raise _corrupt(path, "a length is negative")
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
 def _some(kinds: Mapping[str, Any]) -> str:
@@ -268,7 +293,9 @@ def _join(folder: Path, settings: dict[str, Any]) -> str:
     """Found the store, or check that it was made with these settings; returns its identity."""
     path = folder / MANIFEST
     if not path.is_file():
-        if others := sorted(file.name for file in folder.iterdir() if file.name != LOCK):
+        names = sorted(file.name for file in folder.iterdir())
+        # The first process may have been killed at this very file.
+        if others := [name for name in names if name != LOCK and not name.startswith(f".{MANIFEST}.")]:
             raise CheckpointError(
                 f"{folder} has no {MANIFEST} but {', '.join(others[:3])}: it is no cache of a teacher. "
                 "Give an empty or a missing folder."
@@ -281,10 +308,9 @@ def _join(folder: Path, settings: dict[str, Any]) -> str:
             raise CheckpointError(f"Can't write {path}: {error}. Choose another cache_dir.") from error
         return identity
     stored = _read_manifest(path)
-    differences = _differences(stored, settings)
-    if differences:
+    if found := differences(stored, settings):
         raise CheckpointError(
-            f"{folder} was made with other settings: {'; '.join(differences)}. Give each teacher, tokenizer and "
+            f"{folder} was made with other settings: {'; '.join(found)}. Give each teacher, tokenizer and "
             "setting a cache_dir of its own, or delete the folder."
         )
     return str(stored["identity"])
@@ -306,30 +332,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(content.get("identity"), str):
         raise CheckpointError(f"{path} has no identity: it was changed by hand. Delete the folder.")
     return dict(content)
-
-
-def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """What differs, for people; a tokenizer that one side does not know is no difference: rows were encoded before."""
-    there, here = _flat(stored), _flat(given)
-    names = sorted((there.keys() | here.keys()) - {"format_version", "identity"})
-    unknown = stored.get("tokenizer") is None or given.get("tokenizer") is None
-    left_out = (*SAME_ANSWERS, *(("tokenizer.", "collator.pad_id.") if unknown else ()))
-    names = [name for name in names if not f"{name}.".startswith(left_out)]
-    found = [
-        f"{name} is {there.get(name)!r} there, {here.get(name)!r} here"
-        for name in names
-        if there.get(name) != here.get(name)
-    ]
-    if found and there.get("teacher.name") != here.get("teacher.name"):
-        found.append(f"the teacher is {there.get('teacher.name')!r} there, {here.get('teacher.name')!r} here")
-    return found
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat

@@ -8,12 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hfshrink.data import INPUT_COLUMNS, find_text_columns, read_dataset
+from hfshrink.distillation.checks import check_counts, check_number, check_texts
 from hfshrink.distillation.texts.masked_words import (
     MaskedWords,
     Slot,
-    check_counts,
-    check_number,
-    check_texts,
     find_slots,
     masked_ids,
     read_masked_words,
@@ -75,7 +73,7 @@ def augment(
         seed: Of the draws; the global random state is not touched.
 
     Returns:
-        The original rows, then the new ones, none of them twice and none equal to an original.
+        The original rows as they were, then the new ones: no new row twice, and none equal to an original.
 
     Raises:
         SettingError: A number out of range, no column of text, an empty text, rows that are encoded already, labels
@@ -99,7 +97,7 @@ def augment(
         [1, -100]
     """
     check_counts(copies=copies, candidates=candidates, batch_size=batch_size)
-    check_number("replace", replace, above=0, most=1)
+    check_number("replace", replace, "above 0 and at most 1", lambda value: 0 < value <= 1)
     rows = read_dataset(dataset).with_format(None)
     columns = find_text_columns(rows, text_columns)
     texts = _raw_texts(rows, columns)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hfshrink.data import INPUT_COLUMNS, batches, encode, find_text_columns, read_dataset
+from hfshrink.distillation.checks import check_counts, check_number, check_texts
 from hfshrink.distillation.teachers.alignment import ask_teacher, check_finite, head_kind
-from hfshrink.distillation.texts.masked_words import check_counts, check_texts
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode
 from hfshrink.labels import find_label_column
@@ -73,8 +73,7 @@ def filter_by_teacher(
 
     if max_per_class is not None:
         check_counts(max_per_class=max_per_class)
-    if isinstance(min_confidence, bool) or not isinstance(min_confidence, int | float) or not 0 <= min_confidence <= 1:
-        raise SettingError(f"min_confidence must lie in [0, 1], got {min_confidence!r}.")
+    check_number("min_confidence", min_confidence, "in [0, 1]", lambda value: 0 <= value <= 1)
     model, found = load(teacher)
     _check_classifier(model)
     rows = read_dataset(dataset).with_format(None)
@@ -103,13 +102,15 @@ def balanced_rows(
         balance: Whether the rarest class among the allowed rows sets the number for all.
 
     Returns:
-        (kept,) int64.
+        (kept,) int64; empty where no row is allowed.
 
     Example:
         >>> labels, confidences = torch.tensor([0, 0, 1, 0]), torch.tensor([0.8, 0.9, 0.7, 0.9])
         >>> balanced_rows(labels, confidences, confidences > 0.5).tolist()
         [1, 2]
     """
+    if not allowed.any():
+        return allowed.nonzero().flatten()
     groups = [torch.nonzero(allowed & (labels == label)).flatten() for label in labels[allowed].unique()]
     most = min(len(group) for group in groups) if balance else len(labels)
     most = most if max_per_class is None else min(most, max_per_class)

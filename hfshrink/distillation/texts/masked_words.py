@@ -172,28 +172,6 @@ def whole_words(tokenizer: Any) -> dict[int, str]:
     return found
 
 
-def check_counts(**counts: Any) -> None:
-    """Raise `SettingError` for what is no whole number from 1 on."""
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise SettingError(f"{name} must be a whole number from 1 on, got {value!r}.")
-
-
-def check_number(name: str, value: Any, *, above: float, most: float) -> None:
-    """Raise `SettingError` for what does not lie in (above, most]; NaN does not."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value <= most:
-        raise SettingError(f"{name} must lie above {above} and be at most {most}, got {value!r}.")
-
-
-def check_texts(texts: Sequence[Any], where: str) -> None:
-    """Raise `SettingError` for the first that is no text, or empty."""
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise SettingError(f"{where} must hold text, got {text!r} ({type(text).__name__}) in row {row}.")
-        if not text.strip():
-            raise SettingError(f"{where} has an empty text in row {row}. Filter such rows out.")
-
-
 def _trimmed(text: str, position: int, start: int, end: int) -> Slot:
     """Byte-level tokenizers may count the space before a word in."""
     word = text[start:end]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hfshrink.distillation.losses.checks import check_number
+from hfshrink.distillation.checks import check_counts, check_number
+from hfshrink.distillation.texts.sampling import end_ids, sample
 from hfshrink.errors import SettingError
-from hfshrink.inputs import eval_mode
 from hfshrink.labels import IGNORED
 from hfshrink.modules import max_positions
 
@@ -43,9 +43,7 @@ class OnPolicy:
     def __post_init__(self) -> None:
         check_number("share", self.share, "in [0, 1]", lambda value: 0 <= value <= 1)
         check_number("temperature", self.temperature, "of at least 0", lambda value: value >= 0)
-        check_number("max_new_tokens", self.max_new_tokens, "of at least 1", lambda value: value >= 1)
-        if not isinstance(self.max_new_tokens, int):
-            raise SettingError(f"max_new_tokens must be a whole number, got {self.max_new_tokens!r}.")
+        check_counts(max_new_tokens=self.max_new_tokens)
 
 
 def is_on_policy_step(step: int, share: float, seed: int = 0) -> bool:
@@ -71,8 +69,7 @@ def generate_batch(
     """The batch with the student's own continuations in place of the given ones.
 
     A row's prompt is what stands before its first label that counts; where the labels start at once, the first
-    half of the row. The student samples from its plain distribution, without the top-k, top-p or penalties that its
-    generation config may name.
+    half of the row. The student samples from its plain distribution, whatever its generation config says.
 
     Args:
         model: The student, a decoder-only language model, not wrapped. Its training flags stay as they are.
@@ -112,9 +109,13 @@ def generate_batch(
             f"The longest prompt has {longest} tokens, and the student reads at most {limit}: nothing can follow. "
             "Shorten the prompts."
         )
-    ends = _end_ids(model, tokenizer)
-    continued = _sample(model, prompts, room, settings.temperature, ends, seed)
-    return _as_batch(prompts, [_until_end(row, ends) for row in continued], inputs["input_ids"])
+    ends, device = end_ids(model, tokenizer), model.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        starts = [prompt.tolist() for prompt in prompts]
+        made = sample(model, starts, max_new_tokens=room, temperature=settings.temperature, ends=ends)
+    return _as_batch(prompts, made, inputs["input_ids"])
 
 
 def _prompts(inputs: dict[str, Any]) -> list[Tensor]:
@@ -131,56 +132,6 @@ def _prompts(inputs: dict[str, Any]) -> list[Tensor]:
         first = int(starts[0]) if len(starts) else len(tokens)  # without labels the row is all prompt
         prompts.append(tokens[: first or max(1, len(tokens) // 2)])
     return prompts
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    configs = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
-    found = [getattr(config, "eos_token_id", None) for config in configs]
-    return sorted(
-        {int(end) for ends in found if ends is not None for end in (ends if isinstance(ends, list) else [ends])}
-    )
-
-
-def _sample(
-    model: Any, prompts: list[Tensor], room: int, temperature: float, ends: list[int], seed: int | None
-) -> Tensor:
-    """New tokens (batch, at most room); what follows a row's end means nothing."""
-    from transformers import GenerationConfig
-
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # padded on the left: every continuation starts at the same place
-        ids[row, longest - len(prompt) :] = prompt.cpu()
-        mask[row, longest - len(prompt) :] = 1
-    config = GenerationConfig(
-        max_new_tokens=room,
-        max_length=None,
-        do_sample=temperature > 0,
-        temperature=temperature or 1.0,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-        use_cache=True,
-        # what the model's own generation config must not bring in
-        top_k=0,
-        top_p=1.0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-    )
-    device = model.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        with torch.no_grad(), eval_mode(model):
-            made = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
-    return made[:, longest:]
-
-
-def _until_end(tokens: Tensor, ends: list[int]) -> Tensor:
-    stops = torch.isin(tokens, torch.tensor(ends, dtype=tokens.dtype, device=tokens.device)).nonzero()
-    return tokens[: int(stops[0]) + 1] if len(stops) else tokens
 
 
 def _as_batch(prompts: list[Tensor], continued: list[Tensor], like: Tensor) -> dict[str, Tensor]:

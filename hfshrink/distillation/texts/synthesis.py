@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hfshrink.distillation.checks import check_counts, check_number, check_texts
 from hfshrink.distillation.teachers.alignment import check_finite
 from hfshrink.distillation.texts.masked_words import (
     MaskedWords,
-    check_counts,
-    check_number,
-    check_texts,
     find_slots,
     masked_ids,
     read_masked_words,
     replace_words,
     word_logits,
 )
+from hfshrink.distillation.texts.sampling import end_ids, sample
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode
 from hfshrink.loading import infer_task, load
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PATIENCE = 20  # batches in a row without a new text before the search for more ends
-MOST_TEMPERATURE = 100.0
 
 
 def generate_texts(
@@ -67,7 +65,7 @@ def generate_texts(
         max_new_tokens: Longest text in tokens.
         temperature: Above 0; above 1 the texts are more varied, below 1 more ordinary.
         top_p: In (0, 1]; 1 draws from all tokens.
-        batch_size: Texts sampled at once.
+        batch_size: Texts sampled at once; another number draws other texts.
         seed: Of the draws; the global random state stays as it was.
 
     Returns:
@@ -93,13 +91,13 @@ def generate_texts(
     import datasets
 
     check_counts(num_texts=num_texts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    check_number("temperature", temperature, above=0, most=MOST_TEMPERATURE)
-    check_number("top_p", top_p, above=0, most=1)
+    check_number("temperature", temperature, "above 0", lambda value: value > 0)
+    check_number("top_p", top_p, "above 0 and at most 1", lambda value: 0 < value <= 1)
     prompts = _checked_prompts(prompts)
     model, tokenizer = _causal_model(generator, tokenizer)
     starts = [_prompt_ids(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
     settings = {"temperature": float(temperature), "top_p": float(top_p), "max_new_tokens": max_new_tokens}
-    with eval_mode(model), _own_random_state(seed):
+    with _own_random_state(seed):
         stream = _sampled(model, tokenizer, starts, batch_size, settings)
         found = _take_new(stream, num_texts, set(), "generated texts")
     columns = {"text": [text for text, _ in found], "prompt": [number for _, number in found]}
@@ -159,8 +157,8 @@ def mutate_texts(
     import datasets
 
     check_counts(num_texts=num_texts, rounds=rounds, batch_size=batch_size)
-    check_number("replace", replace, above=0, most=1)
-    check_number("temperature", temperature, above=0, most=MOST_TEMPERATURE)
+    check_number("replace", replace, "above 0 and at most 1", lambda value: 0 < value <= 1)
+    check_number("temperature", temperature, "above 0", lambda value: value > 0)
     seeds = _as_list(seeds, "seeds")
     check_texts(seeds, "seeds")
     words = read_masked_words(masked_lm, tokenizer)
@@ -225,26 +223,12 @@ def _sampled(
     model: Any, tokenizer: Any, starts: Sequence[list[int]], batch_size: int, settings: dict[str, Any]
 ) -> Iterator[list[tuple[str, int]]]:
     """Batches of (text, number of its prompt), without end."""
-    pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
-    first = 0
+    ends, first = end_ids(model, tokenizer), 0
     while True:
         numbers = [(first + step) % len(starts) for step in range(batch_size)]
         first = (first + batch_size) % len(starts)
-        longest = max(len(starts[number]) for number in numbers)
-        gaps = [longest - len(starts[number]) for number in numbers]  # on the left: the text goes on at the right
-        ids = torch.tensor([[pad] * gap + starts[number] for number, gap in zip(numbers, gaps, strict=True)])
-        mask = (torch.arange(longest) >= torch.tensor(gaps)[:, None]).long()
-        with torch.inference_mode():
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                do_sample=True,
-                num_beams=1,
-                top_k=0,
-                pad_token_id=pad,
-                **settings,
-            )
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        made = sample(model, [starts[number] for number in numbers], ends=ends, **settings)
+        texts = tokenizer.batch_decode([row.tolist() for row in made], skip_special_tokens=True)
         yield [(" ".join(text.replace("\ufffd", "").split()), n) for text, n in zip(texts, numbers, strict=True)]
 
 
@@ -311,11 +295,10 @@ def _causal_model(generator: Any, tokenizer: Any) -> tuple[Any, Any]:
 
 def _prompt_ids(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> list[int]:
     """Token ids to go on from: the prompt's without an end token, or a begin token for an empty one."""
-    config = config_of(model).get_text_config()
-    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
+    config, ends = config_of(model).get_text_config(), end_ids(model, tokenizer)
     if prompt:
         ids = list(tokenizer(prompt)["input_ids"])
-        while ids and ids[-1] in (*ends, tokenizer.eos_token_id):  # some tokenizers close each text
+        while ids and ids[-1] in ends:  # some tokenizers close each text
             ids.pop()
     else:
         ids = [n for n in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id) if n is not None][:1]

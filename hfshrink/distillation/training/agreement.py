@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 from transformers.trainer_pt_utils import EvalLoopContainer
+from transformers.trainer_utils import default_compute_objective, denumpify_detensorize
 
+from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.distillation.losses.logits import loss_mask
+from hfshrink.distillation.training.batches import without_padding
 from hfshrink.labels import IGNORED
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
@@ -22,21 +25,30 @@ class AgreementMixin(_Trainer):
     Logged beside `eval_loss`: `eval_agreement` (share of items on which both predict the same), `eval_accuracy` and
     `eval_teacher_accuracy` where there are labels (for regression `eval_distance` to the teacher, and each side's
     `squared_error`), `eval_loss_<part>` of the losses on logits, and with `compute_metrics` each of its values for the
-    teacher, as `eval_teacher_<name>`.
+    teacher, as `eval_teacher_<name>` (not where metrics are computed batch by batch, from inputs, or from a whole
+    vocabulary's logits).
     """
+
+    _added_metrics: set[str] = set()  # noqa: RUF012 replaced, never changed
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The student's evaluation step, then the teacher's on the same batch."""
         inputs = self._prepare_inputs(inputs)
         seen: list[Any] = []
-        hook = self.model.register_forward_hook(lambda _module, _args, outputs: seen.append(outputs))
+
+        def see(_module: Any, _args: Any, outputs: Any) -> None:
+            seen[:] = [outputs]  # the last one: a model that generates is called for every token
+
+        hook = self.model.register_forward_hook(see)
         try:
             result = super().prediction_step(model, self._student_inputs(inputs), prediction_loss_only, ignore_keys)
         finally:
             hook.remove()
-        if seen and self._can_compare(inputs):
-            student = seen[-1] if has_logits(seen[-1]) else self._ask_again(inputs)
-            self._compare(self._with_decoder_inputs(inputs), student, prediction_loss_only)
+        inputs = self._with_decoder_inputs(inputs)
+        blind = self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs
+        if seen and not blind and self._can_compare(inputs):
+            student = seen[0] if has_logits(seen[0]) else self._ask_again(inputs)
+            self._compare(inputs, student, result[2] if not prediction_loss_only else None)
         return result
 
     def _ask_again(self, inputs: dict[str, Any]) -> Any:
@@ -49,31 +61,62 @@ class AgreementMixin(_Trainer):
         """As the Trainer's, with the teacher's metrics added."""
         self._eval_sums: dict[str, Tensor] = {}  # (sum over items, number of items) by name
         self._teacher_predictions = EvalLoopContainer(self.args.eval_do_concat_batches, padding_index=IGNORED)
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        found = {name: (total / count).item() for name, (total, count) in self._eval_sums.items() if count}
-        for name, value in (found | self._teacher_metrics(output)).items():
-            output.metrics.setdefault(f"{prefix}_{name}", value)
-        return output
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            found = {name: (total / count).item() for name, (total, count) in self._eval_sums.items() if count}
+            for name, value in (found | self._teacher_metrics(output)).items():
+                output.metrics.setdefault(f"{prefix}_{name}", value)
+            self._added_metrics = {f"{prefix}_{name}" for name in found}
+            return output
+        finally:
+            del self._eval_sums, self._teacher_predictions
 
-    def _compare(self, inputs: dict[str, Any], student: Any, prediction_loss_only: bool) -> None:
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's; what is added here to the metrics does not count in its default objective."""
+
+        def own_metrics(metrics: dict[str, float]) -> float:
+            return default_compute_objective({n: v for n, v in metrics.items() if n not in self._added_metrics})
+
+        return super().hyperparameter_search(hp_space, compute_objective or own_metrics, *args, **kwargs)
+
+    def _compare(self, inputs: dict[str, Any], student: Any, labels_kept: Any) -> None:
         head = self._head(inputs)
         mask = loss_mask(inputs, head)
         labels = [inputs.get(name) for name in self.label_names]
         teacher = self._teacher_outputs(inputs, head)
-        if not hasattr(teacher, "logits") and head != "span":
+        if not has_logits(teacher):
             return  # a sparse cache does not say what the teacher would choose
+        if head == "span":
+            student, teacher = (without_padding(side, inputs.get("attention_mask")) for side in (student, teacher))
         for name, rows in compare_rows(student, teacher, labels, head, mask).items():
             self._add(name, rows)
         for loss in self._logit_losses():
-            if labels[0] is not None or not getattr(loss, "needs_labels", False):
+            if loss.weight and (labels[0] is not None or not getattr(loss, "needs_labels", False)):
                 with torch.no_grad():
                     value = loss(student, teacher, head=head, mask=mask, labels=labels[0])
-                items = _first(student, head).new_ones(len(_first(student, head))) if mask is None else mask.sum(1)
+                first = _first(student, head)
+                items = first.new_ones(len(first)) if mask is None else mask.sum(1)
                 self._add(f"loss_{loss.name}", torch.stack([value * items, items], dim=1))
-        if self.compute_metrics is not None and not prediction_loss_only and head != LANGUAGE_HEAD:
-            answers = self.accelerator.pad_across_processes(_predictions(teacher, head), dim=1, pad_index=IGNORED)
-            self._teacher_predictions.add(self.gather_function(answers))
+        if labels_kept is not None and self._measures_teacher():
+            self._keep_predictions(teacher, head, labels_kept)
+
+    def _measures_teacher(self) -> bool:
+        """Whether `compute_metrics` can be asked about the teacher as it is about the student."""
+        if self.compute_metrics is None or self.args.batch_eval_metrics or self.args.include_for_metrics:
+            return False
+        vast = self._task in LANGUAGE_TASKS and self.preprocess_logits_for_metrics is None
+        return not vast and not self.model.config.is_encoder_decoder
+
+    def _keep_predictions(self, teacher: Any, head: str, labels: Any) -> None:
+        answers = _predictions(teacher, head)
+        answers = self.accelerator.pad_across_processes(answers, dim=1, pad_index=IGNORED)
+        if self.preprocess_logits_for_metrics is not None:
+            answers = self.preprocess_logits_for_metrics(answers, labels)
+        self._teacher_predictions.add(self.gather_function(answers))
+        self._teacher_predictions.to_cpu_and_numpy()
 
     def _add(self, name: str, rows: Tensor) -> None:
         """Add rows of (sum, number of items), without the rows that only fill the last batch of several processes."""
@@ -83,10 +126,10 @@ class AgreementMixin(_Trainer):
     def _teacher_metrics(self, output: Any) -> dict[str, float]:
         """What `compute_metrics` says about the teacher's predictions."""
         predictions = self._teacher_predictions.get_arrays()
-        if self.compute_metrics is None or predictions is None or output.label_ids is None:
+        if predictions is None or output.label_ids is None:
             return {}
         found = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=output.label_ids))
-        return {f"teacher_{name.removeprefix('eval_')}": value for name, value in found.items()}
+        return {f"teacher_{n.removeprefix('eval_')}": v for n, v in denumpify_detensorize(found).items()}
 
 
 def has_logits(outputs: Any) -> bool:
@@ -135,7 +178,7 @@ def _compare_numbers(ours: Tensor, theirs: Tensor, labels: Tensor | None) -> dic
 def _decisions(outputs: Any, head: str) -> Tensor:
     """What a model decides, as integers: (batch, 1), (batch, labels), (batch, positions) or (batch, 2) for spans."""
     if head == "span":
-        return torch.stack([outputs["start_logits"].argmax(-1), outputs["end_logits"].argmax(-1)], dim=1)
+        return torch.stack([outputs.start_logits.argmax(-1), outputs.end_logits.argmax(-1)], dim=1)
     if head == "multi_label":
         return (outputs.logits > 0).long()
     chosen = outputs.logits.argmax(-1)
@@ -159,8 +202,8 @@ def _rows(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def _first(outputs: Any, head: str) -> Tensor:
-    return outputs["start_logits"] if head == "span" else outputs.logits
+    return outputs.start_logits if head == "span" else outputs.logits
 
 
 def _predictions(outputs: Any, head: str) -> Any:
-    return (outputs["start_logits"], outputs["end_logits"]) if head == "span" else outputs.logits
+    return (outputs.start_logits, outputs.end_logits) if head == "span" else outputs.logits

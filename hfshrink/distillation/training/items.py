@@ -40,15 +40,16 @@ def count_items(inputs: dict[str, Any], mask: Tensor | None) -> int:
     return len(next(value for value in inputs.values() if isinstance(value, Tensor)))
 
 
-def share_of_labelled(labels: Any, mask: Tensor | None) -> float:
+def share_of_labelled(labels: list[Any], mask: Tensor | None) -> float:
     """The share of a batch's items that have a label: those of −100 have none.
 
     Args:
-        labels: The batch's labels, or None where they have another name.
+        labels: The batch's labels (start and end for spans).
         mask: Positions that count, for token heads; they all have a label, or none has.
     """
     if mask is not None:
         return float(mask.any())
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 1:
+    numbers = labels[0]
+    if not isinstance(numbers, Tensor) or numbers.is_floating_point() or numbers.ndim != 1:
         return 1.0
-    return (labels != IGNORED).float().mean().item()
+    return (numbers != IGNORED).float().mean().item()

@@ -14,8 +14,8 @@ from hfshrink.distillation.losses.chunks import chunked_losses, run_without_logi
 from hfshrink.distillation.losses.logits import CrossTokenizerLoss, LogitLoss
 from hfshrink.distillation.teachers.alignment import ask_teacher
 from hfshrink.distillation.texts.on_policy import OnPolicy, generate_batch, is_on_policy_step
-from hfshrink.distillation.texts.tokens import retokenize
-from hfshrink.distillation.training.rows import STUDENT_WROTE
+from hfshrink.distillation.texts.retokenization import retokenize
+from hfshrink.distillation.training.rows import STUDENT_WROTE, has_answers
 from hfshrink.distillation.training.signals import is_used
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.modules import max_positions
@@ -38,8 +38,12 @@ class LanguageMixin(_Trainer):
 
     def _check_language(self) -> None:
         causal = self._task == "text-generation"
+        if self.on_policy is not None and not isinstance(self.on_policy, OnPolicy):
+            raise SettingError(f"on_policy must be an OnPolicy, such as OnPolicy(share=0.5), got {self.on_policy!r}.")
         if self.on_policy is not None and not causal:
             raise SettingError(f"on_policy needs a student that generates text, this one does {self._task}.")
+        if self.on_policy is not None and (self.teachers is None or has_answers(self.train_dataset)):
+            raise SettingError("on_policy needs a teacher that runs: what the student writes is in no cache.")
         if not self._crosses_tokenizers():
             return
         others = [type(loss).__name__ for loss in self.losses if not isinstance(loss, CrossTokenizerLoss)]
@@ -60,24 +64,31 @@ class LanguageMixin(_Trainer):
 
     def _in_chunks(self, head: str, inputs: dict[str, Any]) -> bool:
         """Whether this batch's losses can be computed without the logits of all positions at once."""
-        plain = head != HEAD or not self._chunks_fit or bool(self._recorders) or self._crosses_tokenizers()
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
-        if plain or sharded or self.args.n_gpu > 1:
-            return False  # sharded heads are whole only inside the model's own forward pass
-        if self.compute_loss_func is not None or self.label_smoother is not None:
+        if head != HEAD or not self._chunks_fit or self._recorders or self._crosses_tokenizers():
             return False
-        owner = next(c for c in type(self).__mro__ if "compute_loss" in vars(c) and not issubclass(c, LanguageMixin))
-        if owner is not Trainer and self._label_weight_now():
-            return False  # a loss on the labels of its own, such as TRL's, which chunks would replace
-        losses = [loss for loss in self.losses if is_used(loss)]
-        if not all(isinstance(loss, LogitLoss) and loss.chunk_size is not None for loss in losses):
-            return False
+        cached = "teacher_ids" in inputs
         one_teacher = self.teachers is not None and len(self.teachers.models) == 1
-        if "teacher_logits" in inputs or not (one_teacher or "teacher_ids" in inputs):
+        if self._shards_or_has_own_loss() or "teacher_logits" in inputs or not (one_teacher or cached):
             return False
-        sides = [self.model] + ([] if "teacher_ids" in inputs else [self.teachers.models[0]])
-        self._chunks_fit = all(supports_chunks(side) for side in sides)
+        if self._label_weight_now() and not inputs.get(STUDENT_WROTE) and inputs.get(self.label_names[0]) is None:
+            return False  # the plain way says what is missing
+        if not all(isinstance(loss, LogitLoss) and loss.chunk_size is not None for loss in self._used_losses()):
+            return False
+        sides = [self.model] + ([] if cached else [self.teachers.models[0]])
+        self._chunks_fit = all(supports_chunks(side) and side.device == self.model.device for side in sides)
         return self._chunks_fit
+
+    def _used_losses(self) -> list[Any]:
+        return [loss for loss in self.losses if is_used(loss)]
+
+    def _shards_or_has_own_loss(self) -> bool:
+        """Whether the head is whole only inside the model's forward pass, or chunks would replace someone's loss."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
+            return True
+        if self.args.n_gpu > 1 or self.compute_loss_func is not None or self.label_smoother is not None:
+            return True
+        owner = next(c for c in type(self).__mro__ if "compute_loss" in vars(c) and not issubclass(c, LanguageMixin))
+        return owner is not Trainer and bool(self._label_weight_now())  # such as TRL's
 
     def _chunked_parts(
         self, model: Any, inputs: dict[str, Any], head: str, mask: Tensor | None
@@ -93,7 +104,7 @@ class LanguageMixin(_Trainer):
             return self._all_parts(model, inputs, head, mask)
         label_weight = 0.0 if inputs.get(STUDENT_WROTE) else self._label_weight_now()
         losses = [loss for loss in self.losses if self._weight_now(loss)]
-        sizes = [loss.chunk_size for loss in self.losses if is_used(loss)] or [LogitLoss().chunk_size]
+        sizes = [loss.chunk_size for loss in self._used_losses()] or [LogitLoss().chunk_size]
         values = chunked_losses(
             student,
             teacher,

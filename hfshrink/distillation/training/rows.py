@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from hfshrink.data import LANGUAGE_TASKS, row_lengths
 from hfshrink.distillation.teachers.alignment import check_lengths
 from hfshrink.distillation.teachers.cache import cache_teacher
 from hfshrink.distillation.teachers.collator import TEACHER_COLUMNS
+from hfshrink.distillation.training.batches import SPANS
 from hfshrink.errors import SettingError
+from hfshrink.record import model_name
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 STUDENT_WROTE = "student_wrote"  # marks a batch whose tokens the student made up: it has no labels of anyone's
@@ -25,6 +30,8 @@ class RowsMixin(_Trainer):
     """The parts of `DistillationMixin` that look at data sets and batches."""
 
     _signature_columns: Any
+    train_dataset: Any
+    eval_dataset: Any
 
     def _check_dataset(self) -> None:
         if not isinstance(self.train_dataset, Dataset):
@@ -50,14 +57,45 @@ class RowsMixin(_Trainer):
         if self.teachers is None or len(self.teachers.models) > 1:
             raise SettingError("teacher_cache keeps the answers of one teacher: give exactly one teacher=.")
         how = {"cache_dir": folder, "data_collator": self.data_collator}
-        for name in ("train_dataset", "eval_dataset"):
-            rows = getattr(self, name)
-            if name == "eval_dataset" and self._task in LANGUAGE_TASKS:
-                continue  # a few tokens' probabilities do not tell how often both agree
-            if isinstance(rows, Dataset) and not has_answers(rows):
-                setattr(self, name, cache_teacher(rows, self.teacher, self.processing_class, **how))
-            elif name == "train_dataset" and not isinstance(rows, Dataset):
-                raise SettingError(f"teacher_cache needs a datasets.Dataset, got {type(rows).__name__}.")
+        if not isinstance(self.train_dataset, Dataset):
+            raise SettingError(f"teacher_cache needs a datasets.Dataset, got {type(self.train_dataset).__name__}.")
+
+        def cached(rows: Any) -> Any:
+            if isinstance(rows, dict):
+                return {name: cached(part) for name, part in rows.items()}
+            if not isinstance(rows, Dataset) or has_answers(rows):
+                return rows
+            return cache_teacher(rows, self.teacher, self.processing_class, **how)
+
+        self.train_dataset = cached(self.train_dataset)
+        if self._task not in LANGUAGE_TASKS:  # a few tokens' probabilities do not tell how often both agree
+            self.eval_dataset = cached(self.eval_dataset)
+
+    def _check_answers(self) -> None:
+        """Hold the cached logits of one row against those of the teacher that is given: they must be its own."""
+        rows = self.train_dataset
+        if self.teachers is None or not isinstance(rows, Dataset) or TEACHER_COLUMNS[0] not in rows.column_names:
+            return
+        row = self._remove_unused_columns(rows.select([0]), description="check")
+        batch = self._with_decoder_inputs(self._prepare_inputs(self.data_collator([row[0]])))
+        head = self._head(batch)
+        kept, live = self._teacher_outputs(batch, head), self.teachers.ask(batch, self.label_names)
+        for name in SPANS if head == "span" else ("logits",):
+            ours, theirs = getattr(kept, name).float(), getattr(live, name).float()
+            if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=0.02, atol=0.02):
+                raise SettingError(
+                    f"The {TEACHER_COLUMNS[0]} of the first row are not this teacher's: {ours.flatten()[:4].tolist()} "
+                    f"there, {theirs.flatten()[:4].tolist()} from {model_name(self.teacher) or 'the model'}. Cache "
+                    "its own answers, or leave out teacher=."
+                )
+
+    def _held_out_batches(self) -> Iterator[dict[str, Any]]:
+        """Batches of `eval_dataset` (of several the first), the same on every process."""
+        rows = next(iter(self.eval_dataset.values())) if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="calibration")
+        for batch in DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator):
+            yield self._with_decoder_inputs(self._prepare_inputs(batch))
 
     def _with_decoder_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Encoder-decoders make their decoder's inputs from the labels.
@@ -88,5 +126,7 @@ class RowsMixin(_Trainer):
 
 
 def has_answers(dataset: Any) -> bool:
-    """Whether a data set has columns with a teacher's cached answers."""
+    """Whether a data set, or any of several, has columns with a teacher's cached answers."""
+    if isinstance(dataset, dict):
+        return any(has_answers(part) for part in dataset.values())
     return bool(set(TEACHER_COLUMNS) & set(getattr(dataset, "column_names", None) or ()))

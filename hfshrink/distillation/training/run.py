@@ -56,7 +56,7 @@ def distill(
     Args:
         student: A model, folder or Hub id with the teacher's kind of head, such as `make_student(teacher, 3)`; a model
             is changed in place.
-        teacher: A model, folder or Hub id, or a list of them.
+        teacher: A model, folder or Hub id, or a list of them; None with `ema_decay`, or with losses that need none.
         train_dataset: A `datasets.Dataset`, raw or encoded, a folder or a Hub id. Rows without labels, or with −100,
             are learned from the teacher alone.
         eval_dataset: Held-out rows, evaluated after each epoch: loss, accuracy, agreement with the teacher.
@@ -93,7 +93,10 @@ def distill(
     if resume and (output_dir is None or generations > 1):
         raise SettingError("resume=True needs output_dir=, and a single generation.")
     student, processor = load(student)
-    teachers = [load(one) for one in (teacher if isinstance(teacher, list | tuple) else [teacher])]
+    given = teacher if isinstance(teacher, list | tuple) else [] if teacher is None else [teacher]
+    teachers = [load(one) for one in given]
+    if generations > 1 and not teachers:
+        raise SettingError("generations needs a teacher for the first one.")
     processor = processor or next((found for _, found in teachers if found is not None), None)
     task = infer_task(student)
     rows = prepare_rows(train_dataset, student, processor, task, text_columns)
@@ -109,10 +112,12 @@ def distill(
             if generation:
                 current = [copy.deepcopy(student)]
                 student.load_state_dict(first)
+            if "teacher_cache" in settings and generations > 1:  # each generation has a teacher of its own
+                how["teacher_cache"] = Path(settings["teacher_cache"]) / f"generation-{generation}"
             trainer = DistillationTrainer(
                 student,
                 arguments,
-                teacher=current if len(current) > 1 else current[0],
+                teacher=current if len(current) > 1 else current[0] if current else None,
                 train_dataset=with_answers(rows, current, processor, task, how),
                 eval_dataset=held_out,
                 data_collator=make_collator(student, processor, task),
@@ -159,9 +164,8 @@ def read_settings(
     Raises:
         SettingError: A name that neither knows; the message suggests the nearest.
     """
-    own = [
-        name for name in inspect.signature(DistillationMixin.__init__).parameters if name not in ("self", "teacher")
-    ]
+    parameters = inspect.signature(DistillationMixin.__init__).parameters.values()
+    own = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "teacher"]
     known = [field.name for field in dataclasses.fields(TrainingArguments)]
     for name in settings:
         if name not in own and name not in known:
@@ -182,7 +186,7 @@ def read_settings(
 def with_answers(rows: Any, teachers: Sequence[Any], processor: Any, task: str, how: dict[str, Any]) -> Any:
     """The rows with one teacher's answers in memory, where they are small and nothing needs the teacher itself."""
     losses = how["losses"] or []
-    online = len(teachers) > 1 or any(hasattr(loss, "prepare") for loss in losses) or "teacher_cache" in how
+    online = len(teachers) != 1 or any(hasattr(loss, "prepare") for loss in losses) or "teacher_cache" in how
     if task not in ONE_ROW_TASKS or online or has_answers(rows):
         return rows
     return cache_teacher(rows, teachers[0], processor)

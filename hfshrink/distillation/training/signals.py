@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hfshrink.distillation.checks import check_number
 from hfshrink.distillation.losses.capture import Recorder
 from hfshrink.distillation.teachers.panel import Teachers
 from hfshrink.distillation.teachers.self_teaching import MovingAverage
@@ -31,16 +32,26 @@ class SignalsMixin(_Trainer):
     final_label_weight: float | None
     teachers: Teachers | None
     _average: MovingAverage | None = None
+    _loss_sums: dict[str, Tensor]
 
     def _check_signals(self) -> None:
         for name, weight in (("label_weight", self.label_weight), ("final_label_weight", self.final_label_weight)):
-            if weight is not None and not weight >= 0:
-                raise SettingError(f"{name} must be 0 or more, got {weight}.")
+            if weight is not None:
+                check_number(name, weight, "of at least 0", lambda value: value >= 0)
+        for loss in self.losses:
+            usable = callable(loss) or hasattr(loss, "prepare")
+            if isinstance(loss, type) or not usable or not hasattr(loss, "weight"):
+                raise SettingError(f"losses must be a list of loss objects, such as [LogitLoss()]; it holds {loss!r}.")
         names = [getattr(loss, "name", type(loss).__name__) for loss in self.losses]
         if len(set(names)) != len(names):
             raise SettingError(f"Each loss must have a name of its own, got {names}.")
-        if not self._uses_labels() and not any(is_used(loss) for loss in self.losses):
-            raise SettingError("label_weight and all weights are 0: there is nothing to learn from.")
+        for when, progress in (("first", 0.0), ("last", 1.0)):
+            weights = [between(loss.weight, getattr(loss, "final_weight", None), progress) for loss in self.losses]
+            if not any([between(self.label_weight, self.final_label_weight, progress), *weights]):
+                raise SettingError(
+                    f"At the {when} step label_weight and all weights are 0: there is nothing to learn from. Set "
+                    "label_weight, final_label_weight, or the weight and final_weight of a loss."
+                )
 
     def _uses_labels(self) -> bool:
         return bool(self.label_weight or self.final_label_weight)
@@ -67,6 +78,8 @@ class SignalsMixin(_Trainer):
     @contextmanager
     def _installed(self) -> Iterator[None]:
         self._before = measure_parameters(self.model)
+        self._loss_sums.clear()
+        self._loss_steps = 0
         if self.ema_decay is not None:
             self._average = MovingAverage(self.model, self.ema_decay)
             self.teachers = Teachers([self._average.model], self.model, device=self.args.device)
@@ -79,6 +92,7 @@ class SignalsMixin(_Trainer):
                 yield
         finally:
             self.remove_callback(callback)
+            self._forget_projections()
             self._parts, self._recorders = nn.ModuleDict(), {}
 
     def _prepare_losses(self) -> None:
@@ -125,6 +139,22 @@ class SignalsMixin(_Trainer):
             optimizer.add_param_group({"params": projections, "weight_decay": self.args.weight_decay})
         return optimizer
 
+    def _forget_projections(self) -> None:
+        """Take them out of the optimizer, which another run would go on using."""
+        own = {id(parameter) for parameter in self._parts.parameters()}
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if own and optimizer is not None:
+            groups = optimizer.param_groups
+            groups[:] = [group for group in groups if not own & {id(parameter) for parameter in group["params"]}]
+            for parameter in self._parts.parameters():
+                optimizer.state.pop(parameter, None)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the student's gradients, and the projections' by themselves."""
+        if projections := list(self._parts.parameters()):
+            nn.utils.clip_grad_norm_(projections, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
     # -- interrupted runs: what is not in the student lies beside its checkpoint
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -147,7 +177,7 @@ class SignalsMixin(_Trainer):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{checkpoint} has no readable {STATE_FILE} ({error}), which holds this run's projections and "
-                "averages. Resume with the same losses, or start anew."
+                "averages. Resume with the same losses, without save_only_model, or start anew."
             ) from error
         shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (saved, state)]
         if shapes[0] != shapes[1]:

@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hfshrink.data import LANGUAGE_TASKS
+from hfshrink.distillation.checks import check_number
 from hfshrink.distillation.losses.logits import CrossTokenizerLoss, LogitLoss, loss_mask
 from hfshrink.distillation.teachers.alignment import check_finite, head_kind
 from hfshrink.distillation.teachers.collator import TEACHER_COLUMNS, TeacherCollator, teacher_outputs
 from hfshrink.distillation.teachers.panel import Teachers, in_student_order
 from hfshrink.distillation.texts.on_policy import OnPolicy
 from hfshrink.distillation.training.agreement import AgreementMixin
+from hfshrink.distillation.training.batches import (
+    nothing,
+    on_device,
+    with_labels_that_count,
+    with_spans_nowhere,
+    without_padding,
+)
 from hfshrink.distillation.training.history import record_distillation
 from hfshrink.distillation.training.items import ItemsMixin, count_items, share_of_labelled
 from hfshrink.distillation.training.language import LanguageMixin
@@ -32,8 +40,9 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
     """Adds a teacher to a Trainer: put it first, as in `class Mine(DistillationMixin, Seq2SeqTrainer): …`.
 
     The training loss is `label_weight · the student's own loss + Σ weight · part`, every part a mean over the items
-    (examples, or positions for token heads) of the whole accumulated batch on all processes. Examples whose label is
-    −100 have none: they take part in all but the student's own loss. The teacher is frozen, in eval mode and never
+    (examples, or positions for token heads) of the whole accumulated batch on all processes; parts that look inside
+    the models are means over each batch's positions, weighed by its items. Examples whose label is −100 have none:
+    they take part in all but the student's own loss. The teacher is frozen, in eval mode and never
     saved with the student; where the data set holds its cached answers (`cache_teacher`) it is not run at all. Each
     part is logged, and every evaluation adds agreement with the teacher and the teacher's own metrics.
 
@@ -81,6 +90,8 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._task = infer_task(self.model)
+        if losses is not None and not isinstance(losses, list | tuple):
+            raise SettingError(f"losses must be a list, such as [LogitLoss()], got {type(losses).__name__}.")
         self.losses: list[Any] = [default_loss(self._task)] if losses is None else list(losses)
         self.label_weight, self.final_label_weight = label_weight, final_label_weight
         self.ema_decay, self.on_policy = ema_decay, on_policy
@@ -98,7 +109,9 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
         if self.ema_decay is None:
             self._prepare_losses()  # what does not fit is told before training
         if has_answers(self.train_dataset) or has_answers(self.eval_dataset):
-            self.data_collator = TeacherCollator(self.data_collator)
+            encoder_decoder = bool(self.model.config.is_encoder_decoder)
+            self.data_collator = TeacherCollator(self.data_collator, encoder_decoder)
+            self._check_answers()
 
     @property
     def teacher(self) -> Any:
@@ -121,25 +134,26 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
         )
 
     def _check_teaching(self) -> None:
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise SettingError(f"ema_decay must lie between 0 and 1, such as 0.999, got {self.ema_decay}.")
+        if self.ema_decay is not None:
+            check_number("ema_decay", self.ema_decay, "between 0 and 1, such as 0.999,", lambda value: 0 < value < 1)
+            if self.is_fsdp_enabled or self.is_distributed_loading_by_transformers:
+                raise SettingError("ema_decay keeps a copy of the student, which a sharded student does not allow.")
+        cached = has_answers(self.train_dataset)
         needed = [type(loss).__name__ for loss in self.losses if getattr(loss, "needs_teacher", True)]
-        without = self.teachers is None and self.ema_decay is None and not has_answers(self.train_dataset)
+        without = self.teachers is None and self.ema_decay is None and not cached
         if needed and without:
             raise SettingError(
                 f"The losses {', '.join(needed)} need a teacher: give teacher=, ema_decay=, or a train_dataset with "
                 f"cached answers (cache_teacher adds the column {TEACHER_COLUMNS[0]!r})."
             )
+        if cached and self.teachers is not None and len(self.teachers.models) > 1:
+            raise SettingError("train_dataset holds one teacher's cached answers, but several teachers are given.")
         if self.teachers is not None and self.teachers.weights == "confidence" and self.eval_dataset is None:
             raise SettingError("teacher_weights='confidence' is calibrated on held-out rows: give eval_dataset=.")
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, then add the step to the student's record."""
         start = time.perf_counter()
-        self._loss_sums, self._loss_steps = {}, 0
-        if self.teachers is not None and self.teachers.weights == "confidence" and not self.teachers.temperatures:
-            held_out = (self._prepare_inputs(batch) for batch in self.get_eval_dataloader())
-            self.teachers.calibrate(held_out, self.label_names)
         output = super().train(*args, **kwargs)
         record_distillation(self, self._before, time.perf_counter() - start)
         return output
@@ -148,18 +162,20 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation loss in training, the student's own loss in evaluation."""
-        if not model.training:
-            return super().compute_loss(model, self._student_inputs(inputs), return_outputs, num_items_in_batch)
         inputs = self._with_decoder_inputs(inputs)
+        if not model.training:
+            given = with_spans_nowhere(self._student_inputs(inputs))
+            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
         head = self._head(inputs)
         mask = loss_mask(inputs, head)
+        inputs = with_labels_that_count(inputs, head, mask)
         in_chunks = not return_outputs and self._in_chunks(head, inputs)
         compute = self._chunked_parts if in_chunks else self._all_parts
         parts, outputs, theirs = compute(model, inputs, head, mask)
         share = self._share(count_items(inputs, mask), num_items_in_batch)
         total = sum(weight * value for weight, value in parts.values()) * share
-        if self.accelerator.num_processes > 1 and hasattr(outputs, "logits") and not in_chunks:
-            total = total + 0.0 * outputs.logits.sum()  # every process must send a gradient of every weight
+        if not parts or (self.accelerator.num_processes > 1 and not in_chunks):
+            total = total + nothing(outputs)  # every process must send a gradient of every weight
         if not torch.isfinite(total):
             self._explain_nonfinite(outputs, theirs)
         self._remember({name: value.detach() * share for name, (_, value) in parts.items()})
@@ -174,12 +190,14 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
         self._add_features(outputs, theirs, inputs)
         parts = {} if label_loss is None else {"labels": (self._label_weight_now(), label_loss)}
         labels = inputs.get(self.label_names[0]) if self.label_names else None
+        padding = inputs.get("attention_mask") if head == "span" else None
+        ours, theirs = without_padding(outputs, padding), without_padding(theirs, padding)
         for loss in self.losses:
             weight = self._weight_now(loss)
             if weight:
                 call: Any = self._parts[loss.name] if loss.name in self._parts else loss  # noqa: SIM401 no dict
                 crossed = isinstance(loss, CrossTokenizerLoss)
-                sides = self._paired(outputs, inputs) if crossed else (outputs, theirs)
+                sides = self._paired(outputs, inputs) if crossed else (ours, theirs)
                 kept = None if crossed else mask
                 parts[loss.name] = (weight, call(*sides, head=head, mask=kept, labels=labels))
         return parts, outputs, theirs
@@ -195,7 +213,8 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
             return None, model(**{name: value for name, value in given.items() if name not in self.label_names})
         if not has_labels:
             raise SettingError(NO_LABELS.format(what="The batch", names=list(inputs), weight=self.label_weight))
-        known = share_of_labelled(given.get("labels"), mask)
+        known = share_of_labelled([given.get(name) for name in self.label_names], mask)
+        given = with_spans_nowhere(given)
         # Without num_items_in_batch the loss is the mean of this batch, whether or not the model honours it.
         loss, outputs = super().compute_loss(model, dict(given), return_outputs=True, num_items_in_batch=None)
         logits = getattr(outputs, "logits", None)
@@ -203,8 +222,7 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
             # a fused loss (TRL's SFTTrainer) gives logits without gradient: the teacher's part needs one
             outputs = model(**{name: value for name, value in given.items() if name not in self.label_names})
         if not known:  # a mean of nothing: NaN, though this batch has no share in the step
-            first = outputs.get("start_logits", outputs.get("logits"))
-            return first.sum() * 0.0, outputs
+            return nothing(outputs), outputs
         return loss.mean() * known, outputs
 
     def _asks_teacher(self, inputs: dict[str, Any]) -> bool:
@@ -228,8 +246,10 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
             raise SettingError(
                 f"The batch has no {TEACHER_COLUMNS[0]!r} and there is no teacher. Does the data collator drop it?"
             )
+        if self.teachers.weights == "confidence" and self.teachers.temperatures is None:
+            self.teachers.calibrate(self._held_out_batches(), self.label_names, head)
         with self.compute_loss_context_manager(), self.accelerator.autocast():
-            return self.teachers.ask(inputs, self.label_names)
+            return on_device(self.teachers.ask(inputs, self.label_names), self.args.device)
 
     def _add_features(self, student: Any, teacher: Any, inputs: dict[str, Any]) -> None:
         """Put what the recorders saw beside the outputs, for the losses that look inside the models."""
@@ -246,7 +266,7 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
             self._loss_sums[name] = self._loss_sums.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean of each loss part since the last log to training logs; evaluation logs stay as they are."""
+        """Add each loss part to training logs: its mean over the steps since the last log, 0 where it was absent."""
         if "loss" in logs and self._loss_sums:
             for name, value in self._loss_sums.items():
                 logs[f"loss_{name}"] = self.accelerator.gather(value).mean().item() / max(self._loss_steps, 1)

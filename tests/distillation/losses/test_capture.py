@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
-from hfshrink.distillation.losses.capture import _LISTENERS, Features, Recorder, Wanted, probe
+from hfshrink.distillation.losses.capture import _LISTENERS, _SWITCHED, Features, Recorder, Wanted, probe
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.modules import layer_stack
 
@@ -151,10 +151,12 @@ def test_copies_that_data_parallel_runs_are_refused():
 def test_masks_with_position_biases_of_each_head_tell_the_pairs():
     network, batch = other_model("bert"), tiny.inputs("bert")
     bias = torch.randn(3, 4, 7, 7)
-    padded = (batch["attention_mask"] == 0)[:, None, None]
+    padded = (batch["attention_mask"] == 0)[:, None, None].expand(3, 4, 7, 7).clone()
+    expected = ~padded[:, :1]
+    padded[:, 0, :, 1] = True  # one head alone may not look there
     with Recorder(network, [EVERY_LAYER]) as recorder:
         network(batch["input_ids"], attention_mask=bias.masked_fill(padded, torch.finfo().min))
-        assert torch.equal(recorder.take().attention[0].pairs, (~padded).expand(3, 1, 7, 7))
+        assert torch.equal(recorder.take().attention[0].pairs, expected)
 
 
 def test_autocast_is_recorded_as_it_runs():
@@ -185,6 +187,28 @@ def test_attention_is_put_back_after_an_exception():
         raise RuntimeError("mine")
     assert network.config._attn_implementation == "sdpa"
     assert not _LISTENERS
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_models_that_share_a_config_are_recorded_together(kind, first_out):
+    networks, batch = [tiny.model("bert"), tiny.model("bert", seed=1)], tiny.inputs("bert")
+    config = networks[0].config
+    shared = [type(network)(config).eval() for network in networks]
+    shared[0].set_attn_implementation(kind)
+    recorders = [Recorder(network, [EVERY_LAYER]) for network in shared]
+    for network, recorder in zip(shared, recorders, strict=True):
+        recorder.__enter__()
+        assert config._attn_implementation == f"hfshrink_{kind}"
+        network(**batch)
+        assert set(recorder.take().attention) == {0, 1}
+    recorders[first_out].__exit__(None, None, None)
+    last = 1 - first_out
+    shared[last](**batch)
+    assert set(recorders[last].take().attention) == {0, 1}
+    recorders[last].__exit__(None, None, None)
+    assert config._attn_implementation == kind
+    assert not _SWITCHED
 
 
 def test_a_model_saved_and_copied_while_recording_is_as_any_other(tmp_path):

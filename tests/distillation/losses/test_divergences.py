@@ -103,6 +103,36 @@ def test_sure_answers_give_finite_losses_and_gradients(function, formula):
     assert torch.isfinite(student.grad).all()
 
 
+@both
+def test_forbidden_classes_add_nothing(function, formula):
+    shared = torch.tensor([[1.0, 2.0, -math.inf, 0.5]])
+    teacher, student = shared * 0.5, shared.clone().requires_grad_()
+    loss = function(student, teacher, 1.0, None)
+    loss.backward()
+    kept = [0, 1, 3]
+    assert loss.item() == pytest.approx(function(shared[:, kept], teacher[:, kept], 1.0, None).item(), rel=1e-5)
+    assert student.grad[0, kept].isfinite().all()
+    assert student.grad[0, 2] == 0.0
+
+
+def test_classes_that_the_teacher_alone_forbids_have_no_share():
+    teacher, student = torch.tensor([[1.0, -math.inf, 0.0]]), torch.tensor([[0.3, 0.2, 0.1]], requires_grad=True)
+    p, q = softmax([1.0, 0.0]), softmax([0.3, 0.2, 0.1])
+    expected = p[0] * math.log(p[0] / q[0]) + p[1] * math.log(p[1] / q[2])
+    loss = kl_divergence(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert student.grad[0].tolist() == pytest.approx([q[0] - p[0], q[1], q[2] - p[1]], rel=1e-4)
+    student.grad = None
+    loss = decoupled_divergence(student, teacher, torch.tensor([0]), 1.0, other_weight=1.0)
+    loss.backward()
+    binary = kl((p[0], p[1]), (q[0], q[1] + q[2]))
+    assert loss.item() == pytest.approx(binary + math.log((q[1] + q[2]) / q[2]), rel=1e-5)
+    assert student.grad.isfinite().all()
+    kept = SparseTargets(torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.0]]), tail=False)
+    assert sparse_kl_divergence(teacher, kept).item() == pytest.approx(-math.log(p[0]), rel=1e-5)
+
+
 def test_the_ends_of_jensen_shannon_are_the_two_kl_divergences():
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
     assert jensen_shannon_divergence(student, teacher, 2.0, beta=0) == kl_divergence(student, teacher, 2.0)

@@ -119,6 +119,36 @@ def test_labels_decide_over_padding():
     assert loss_mask(inputs, "single_label") is None
 
 
+def test_padding_on_the_left_predicts_nothing():
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    labels = torch.tensor([[-100, -100, 5, 6, 7]])
+    wanted = [[False, False, True, True]]  # position 1 is padding and has nothing to predict the 5 from
+    assert loss_mask({"labels": labels, "attention_mask": mask}, "causal_tokens").tolist() == wanted
+    assert loss_mask({"attention_mask": mask}, "causal_tokens").tolist() == wanted
+
+
+def test_a_batch_of_embeddings_counts_every_position():
+    embeddings = {"inputs_embeds": torch.zeros(2, 3, 8)}
+    assert loss_mask(embeddings, "causal_tokens").tolist() == [[True, True]] * 2
+    decoder = {"input_ids": torch.zeros(2, 3), "decoder_inputs_embeds": torch.zeros(2, 4, 8)}
+    assert loss_mask(decoder, "tokens").shape == (2, 4)
+    with pytest.raises(
+        SettingError, match=r"Expected labels, .* or inputs_embeds in the batch, got \['pixel_values'\]"
+    ):
+        loss_mask({"pixel_values": torch.zeros(1)}, "tokens")
+
+
+def test_labels_that_do_not_fit_are_refused():
+    student, teacher = outputs(2, 3), outputs(2, 3, seed=1)
+    for labels, message in (
+        ([0, 5], "Labels must be -100 or from 0 to 2, got 5"),
+        ([-1, 0], "Labels must be -100 or from 0 to 2, got -1"),
+        ([[0], [1]], r"a label for each row of logits, of shape \(2,\), got \(2, 1\)"),
+    ):
+        with pytest.raises(SettingError, match=message):
+            DecoupledLoss()(student, teacher, head="single_label", labels=torch.tensor(labels))
+
+
 def test_question_answering_takes_the_mean_of_start_and_end():
     one, two = (tiny.model("bert", "question-answering", seed=seed) for seed in (0, 1))
     batch = tiny.inputs("bert")
@@ -130,7 +160,7 @@ def test_question_answering_takes_the_mean_of_start_and_end():
     assert LogitLoss()(a, b, head="span", mask=None).item() == pytest.approx(expected.item())
 
 
-NUMBERS = {"temperature": 0, "weight": -1, "final_weight": -0.1, "beta": 1.1, "skew": 1.0, "chunk_size": 0}
+NUMBERS = {"temperature": 0, "weight": -1, "final_weight": -0.1, "beta": 1.1, "skew": 1.0}
 
 
 @pytest.mark.parametrize("name", NUMBERS)
@@ -146,8 +176,15 @@ def test_other_bad_settings():
         LogitLoss(divergence="kl")
     with pytest.raises(SettingError, match="standardize must be True or False, got 1"):
         LogitLoss(standardize=1)
-    with pytest.raises(SettingError, match=r"chunk_size must be a number of positions, .*, got 2\.5"):
-        LogitLoss(chunk_size=2.5)
+    with pytest.raises(SettingError, match="divergence must be one of forward_kl, .*got \\['mse'\\]"):
+        LogitLoss(divergence=["mse"])
+    for bad in (2.5, 0, True):
+        with pytest.raises(SettingError, match=f"chunk_size must be a whole number from 1 on, got {bad}"):
+            LogitLoss(chunk_size=bad)
+    for settings in ({"beta": 0.1}, {"divergence": "skewed_kl", "beta": 0.1}, {"divergence": "jsd", "skew": 0.2}):
+        name = next(key for key in settings if key != "divergence")
+        with pytest.raises(SettingError, match=f"divergence='.*' does not read {name}: leave out {name}="):
+            LogitLoss(**settings)
     for name in ("temperature", "weight", "final_weight", "target_weight", "other_weight"):
         with pytest.raises(SettingError, match=f"^{name} must be a number"):
             DecoupledLoss(**{name: -1.0})
@@ -186,12 +223,13 @@ def test_each_name_computes_its_function(name, head):
     student, teacher = outputs(*shape), outputs(*shape, seed=1)
     ids = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     mask = loss_mask({"input_ids": ids, "attention_mask": ids}, head)
-    loss = LogitLoss(3.0, divergence=name, beta=0.2, skew=0.3)
+    settings = {"jsd": {"beta": 0.2}, "skewed_kl": {"skew": 0.3}, "skewed_reverse_kl": {"skew": 0.3}}.get(name, {})
+    loss = LogitLoss(3.0, divergence=name, **settings)
     cut = slice(None, -1) if head == "causal_tokens" else slice(None)
     pair = [side.logits[:, cut] if head != "single_label" else side.logits for side in (student, teacher)]
     got = loss(student, teacher, head=head, mask=mask, labels=None)
     assert got.item() == EXPECTED[name](*pair, 3.0, mask).item()
-    standard = LogitLoss(3.0, divergence=name, beta=0.2, skew=0.3, standardize=True)
+    standard = LogitLoss(3.0, divergence=name, standardize=True, **settings)
     got = standard(student, teacher, head=head, mask=mask, labels=None)
     assert got.item() == EXPECTED[name](*map(standardize_logits, pair), 3.0, mask).item()
 

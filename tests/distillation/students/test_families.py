@@ -6,6 +6,7 @@ import torch
 import tiny
 from hfshrink import make_student, report
 from hfshrink.errors import SettingError
+from hfshrink.modules import max_positions
 
 LABELS = {"id2label": {0: "bad", 1: "so-so", 2: "good"}, "label2id": {"bad": 0, "so-so": 1, "good": 2}}
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -92,6 +93,34 @@ def test_student_reads_as_many_tokens_as_its_teacher(family, architecture, posit
     assert student.config.pad_token_id == 0
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize(
+    "architecture", ["mpnet", "ibert", "esm", "data2vec-text", "roberta-prelayernorm", "xlm-roberta", "bert"]
+)
+def test_student_reads_its_teachers_longest_input(family, architecture):
+    teacher = tiny.model(family)
+    longest = max_positions(teacher)
+    student = make_student(teacher, architecture=architecture, **SMALL)
+    inputs = {"input_ids": torch.full((1, longest), 9), "attention_mask": torch.ones(1, longest).long()}
+    assert student(**inputs).logits.shape == (1, 2)
+
+
+def test_shorter_student_on_request():
+    student = make_student(tiny.model("bert"), architecture="roberta", max_position_embeddings=11, **SMALL)
+    assert student.config.max_position_embeddings == 11
+    assert max_positions(student) == 10
+    assert "max_position_embeddings" not in report(student).steps[0].results["from_teacher"]
+
+
+def test_own_entry_in_another_spelling_comes_before_the_teachers():
+    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 1}
+    for name in ("n_positions", "max_position_embeddings"):
+        student = make_student(tiny.model("llama"), architecture="gpt2", **sizes, **{name: 9})
+        assert student.config.n_positions == 9
+        taken = report(student).steps[0].results["from_teacher"]
+        assert not {"n_positions", "max_position_embeddings"} & set(taken)
+
+
 def test_token_ids_come_along():
     student = make_student(tiny.model("llama"), architecture="gpt2", n_embd=8, n_head=2, n_layer=1)
     assert (student.config.bos_token_id, student.config.eos_token_id) == (2, 3)
@@ -148,6 +177,25 @@ def test_teachers_problem_type_comes_along():
         ("bert", "bert", {"hidden_size": "wide"}, r"config of 'bert' refuses .*wide"),
         ("bert", "bert", {"hidden_size": 9, "num_attention_heads": 2}, r"'bert' with \{'hidden_size': 9.* can't be"),
         ("vit", "resnet", {"num_layers": 2}, "'resnet' has no number of layers; give its own entries: .*depths"),
+        ("bert", "bert", {"num_layers": 0}, "num_layers must be a whole number of at least 1, got 0"),
+        ("bert", "bert", {"num_layers": True}, "num_layers must be a whole number of at least 1, got True"),
+        (
+            "bert",
+            "distilbert",
+            {"num_layers": 2, "n_layers": 1},
+            "n_layers of a 'distilbert' is given twice, .* n_layers=1, num_hidden_layers=2",
+        ),
+        ("bert", "distilbert", {"dim": 8, "hidden_size": 8}, "dim of a 'distilbert' is given twice"),
+        ("bert", "bert", {"pad_token_id": 3}, "pad_token_id=3: the student takes pad_token_id from its teacher"),
+        ("llama", "gpt2", {"eos_token_id": 9}, "eos_token_id=9: the student takes eos_token_id from its teacher"),
+        ("bert", "bert", {**SMALL, "hidden_act": "best"}, "A 'bert' with .*best.* can't be built"),
+        ("vit", "vit", SMALL, "A 'vit' of these sizes can't read an image of the teacher's size"),
+        (
+            "bert",
+            "bart",
+            {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1},
+            "'bart' of these sizes can't read 34 tokens, .*no eos_token_id",
+        ),
         ("bert", "bert", {"layers": [0]}, "architecture= makes a fresh student"),
         ("bert", "bert", {"keep": "first"}, "architecture= makes a fresh student"),
         ("bert", "bert", {"max_parameters": 9}, "architecture= makes a fresh student"),

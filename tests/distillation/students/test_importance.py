@@ -6,7 +6,7 @@ import torch
 import tiny
 from hfshrink import make_student, report
 from hfshrink.distillation.students.importance import block_influence, head_norms, magnitude_scores, measure_importance
-from hfshrink.distillation.students.width import Axis
+from hfshrink.distillation.students.slicing import Axis
 from hfshrink.errors import SettingError, UnsupportedModelError
 
 
@@ -109,6 +109,13 @@ def test_magnitudes_by_hand():
     assert scores["heads"].tolist() == pytest.approx([10**0.5, 4.0])
     fused = magnitude_scores({"b": torch.tensor([1.0, 2, 3, 4, 5, 6])}, [Axis("b", 0, "heads", 3)], {"heads": 2})
     assert fused["heads"].tolist() == pytest.approx([35**0.5, 56**0.5])
+
+
+def test_tied_weights_count_once():
+    shared = torch.tensor([[3.0, 1.0], [4.0, 0.0]])
+    axes = [Axis("a", 1, "hidden"), Axis("b", 1, "hidden"), Axis("a", 0, "hidden")]
+    found = magnitude_scores({"a": shared, "b": shared}, axes, {"hidden": 2})["hidden"]
+    assert found.tolist() == pytest.approx([35**0.5, 17**0.5])
 
 
 def test_infinite_values_are_named():

@@ -104,6 +104,43 @@ def test_latency_is_searched_on_built_students(slow_by_layer, limit, sizes):
     assert step.after.latency[0].sequence_length == 34
 
 
+def test_latency_of_images_is_in_the_record():
+    step = report(make_student(teacher("vit"), max_latency_ms=60_000)).steps[0]
+    assert step.after.latency[0].sequence_length is None
+    assert step.after.latency[0].repeats > 0
+    assert step.results["reached"]["latency_ms_p50"] > 0
+
+
+def test_electra_leaves_out_the_width_of_its_embeddings():
+    """At hidden_size = embedding_size there is no projection between them."""
+    model = teacher("electra")
+    assert model.config.embedding_size == 8
+    sizes = []
+    for limit in (parameters(model) * part // 10 for part in range(9, 4, -1)):
+        student = make_student(model, max_parameters=limit)
+        assert parameters(student) <= limit
+        sizes.append(student.config.hidden_size)
+    assert 8 not in sizes
+    assert make_student(model, max_parameters=3000).config.hidden_size == 4
+
+
+def test_family_whose_widths_cannot_be_sliced_loses_layers_to_the_last():
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    model = Olmo2ForCausalLM(Olmo2Config(**{**tiny.CONFIGS["llama"], "num_hidden_layers": 4}))
+    one = parameters(make_student(model, num_layers=1))
+    student = make_student(model, max_parameters=one)
+    assert (student.config.num_hidden_layers, student.config.hidden_size) == (1, 16)
+
+
+def test_model_with_a_tensor_that_is_never_on_meta():
+    from transformers import XLNetConfig, XLNetForSequenceClassification
+
+    model = XLNetForSequenceClassification(XLNetConfig(vocab_size=44, d_model=16, n_layer=4, n_head=4, d_inner=24))
+    half = parameters(make_student(model, num_layers=2))
+    assert make_student(model, max_parameters=half).config.num_hidden_layers == 2
+
+
 def test_latency_out_of_reach(slow_by_layer):
     with pytest.raises(SettingError, match=r"fits max_latency_ms=13\.9\. The smallest .* latency_ms_p50 14\.0\."):
         make_student(teacher(), max_latency_ms=13.9, max_parameters=10**6)

@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 import tiny
 from hfshrink import make_student, report
-from hfshrink.distillation.students.width import block_indices, widths_of
+from hfshrink.distillation.students.width import widths_of
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.modules import layer_stack
 
@@ -216,18 +216,6 @@ def test_heads_of_a_llama_go_in_groups_and_equal_the_masked_teacher(given):
     same(tiny.logits(student, batch), masked_logits(teacher, batch, masks))
 
 
-def test_fused_query_key_value_weights_are_cut_in_all_three_parts():
-    teacher = tiny.model("gpt2")
-    for block in teacher.transformer.h:
-        block.attn.c_proj.weight.data[4:12] = 0  # heads 1 and 2 do not count
-        block.attn.c_attn.weight.data.view(16, 3, 4, 4)[:, :, 1:3] = 0
-    student = make_student(teacher, n_embd=8)
-    kept = [0, 1, 2, 3, 12, 13, 14, 15]
-    for part in range(3):
-        new = student.transformer.h[1].attn.c_attn.bias[8 * part : 8 * part + 8]
-        assert torch.equal(new, teacher.transformer.h[1].attn.c_attn.bias[16 * part : 16 * part + 16][kept])
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_depth_and_width_in_one_call_reload_in_plain_transformers(family, tmp_path):
     depth = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(family, "num_hidden_layers")
@@ -280,9 +268,19 @@ def test_other_families_of_the_table(family, tmp_path):
     same(tiny.logits(student, batch), tiny.logits(teacher, batch))
 
 
-def test_block_indices_keep_whole_blocks():
-    assert block_indices(torch.tensor([1, 2]), units=3, size=6).tolist() == [2, 3, 4, 5]
-    assert block_indices(torch.tensor([0]), units=2, size=12, parts=3).tolist() == [0, 1, 4, 5, 8, 9]
+@pytest.mark.parametrize("family", EXTRA)
+def test_other_families_reload_with_fewer_layers(family, tmp_path):
+    """DINOv2's config names one stage per layer."""
+    name, entries = EXTRA[family]
+    config = transformers.AutoConfig.for_model(family, **{**entries, "num_hidden_layers": 4})
+    teacher = getattr(transformers, name)._from_config(config).eval()
+    batch = tiny.inputs("vit" if "Image" in name else "bert")
+    for sizes in ({}, {"hidden_size": 8, "num_attention_heads": 2}):
+        student = make_student(teacher, num_layers=2, **sizes)
+        student.save_pretrained(tmp_path)
+        again = type(student).from_pretrained(tmp_path)
+        assert again.config.num_hidden_layers == 2
+        assert torch.equal(tiny.logits(student, batch), tiny.logits(again, batch))
 
 
 @pytest.mark.parametrize(
@@ -327,3 +325,14 @@ def test_family_without_a_row_is_named():
     teacher = transformers.MobileBertForSequenceClassification(config)
     with pytest.raises(UnsupportedModelError, match=r"family 'mobilebert' can't be cut: .* start a fresh student"):
         make_student(teacher, intermediate_size=8)
+
+
+@pytest.mark.parametrize("sparse", [[0], [1]])
+def test_family_of_unequal_layers_is_named(sparse):
+    sizes = {"moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "num_experts": 2}
+    config = transformers.Qwen2MoeConfig(
+        **tiny.CONFIGS["llama"], **sizes, num_experts_per_tok=1, mlp_only_layers=sparse
+    )
+    teacher = transformers.Qwen2MoeForCausalLM(config)
+    with pytest.raises(UnsupportedModelError, match=r"family 'qwen2_moe' can't be cut: .*mlp\.experts.* in each"):
+        make_student(teacher, hidden_size=8)

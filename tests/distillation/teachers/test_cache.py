@@ -7,13 +7,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value, concatenate_datasets
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, DataCollatorWithPadding
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    T5Config,
+    T5ForConditionalGeneration,
+    default_data_collator,
+)
 
 import tiny
 from hfshrink.distillation import LogitLoss
+from hfshrink.distillation.teachers import answers as answers_room
+from hfshrink.distillation.teachers import cache as cache_room
+from hfshrink.distillation.teachers import fingerprints
 from hfshrink.distillation.teachers import store as store_room
 from hfshrink.distillation.teachers.alignment import ask_teacher
 from hfshrink.distillation.teachers.answers import row_parts, sample_entries, top_entries
@@ -21,7 +32,7 @@ from hfshrink.distillation.teachers.cache import TeacherCollator, cache_teacher,
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.modules import accepted_inputs
 
-TESTS = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
 
 
 def rows(count=12, length=None, seed=0, **columns):
@@ -108,12 +119,14 @@ def test_left_padding_is_cut_off():
         assert torch.allclose(torch.tensor(row["teacher_logits"]), alone(teacher, row).logits[0], atol=1e-4)
 
 
-def test_target_positions_of_an_encoder_decoder():
-    from transformers import T5Config, T5ForConditionalGeneration
-
+def encoder_decoder():
     torch.manual_seed(0)
     shape = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
-    teacher = T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCABULARY, **shape)).eval()
+    return T5ForConditionalGeneration(T5Config(vocab_size=tiny.VOCABULARY, **shape)).eval()
+
+
+def test_target_positions_of_an_encoder_decoder():
+    teacher = encoder_decoder()
     data = rows(4, labels=[[7], [8, 9, 10], [11, 12], [13, 14, 15, 16]])
     kept = cache_teacher(data, teacher, signal="full", batch_size=3)
     for row in kept:
@@ -160,6 +173,69 @@ def test_memory_and_folder_hold_the_same(tmp_path, signal):
     assert one.features == two.features
     assert one.to_dict() == two.to_dict()
     assert any("tables" in file["filename"] for file in two.cache_files)  # mapped from disk, not in memory
+
+
+def tables(folder):
+    return sorted((folder / "tables").iterdir())
+
+
+def test_the_same_rows_find_their_table_again(tmp_path):
+    teacher, data = tiny.model("bert"), rows(4)
+    one = cache_teacher(data, teacher, cache_dir=tmp_path)
+    (table,) = tables(tmp_path)
+    before = table.stat().st_ino, table.stat().st_mtime_ns
+    two = cache_teacher(data, teacher, cache_dir=tmp_path)
+    assert (table.stat().st_ino, table.stat().st_mtime_ns) == before
+    assert one._fingerprint == two._fingerprint
+    assert one.to_dict() == two.to_dict()
+    whole = table.read_bytes()
+    table.unlink()
+    table.write_bytes(whole[: len(whole) // 2])
+    assert cache_teacher(data, teacher, cache_dir=tmp_path).to_dict() == one.to_dict()  # cut short: made again
+
+
+def test_a_few_tables_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_room, "KEPT_TABLES", 2)
+    teacher, data = tiny.model("bert"), rows(6)
+    orders = [data.shuffle(seed=seed) for seed in range(4)]
+    kept = [cache_teacher(order, teacher, cache_dir=tmp_path) for order in orders[:2]]
+    cache_teacher(orders[0], teacher, cache_dir=tmp_path)  # used again: the second one is the oldest now
+    first = next(Path(file["filename"]) for file in kept[0].cache_files if "tables" in file["filename"])
+    cache_teacher(orders[2], teacher, cache_dir=tmp_path)
+    assert len(tables(tmp_path)) == 2
+    assert first in tables(tmp_path)
+    assert len(kept[1]["teacher_logits"]) == 6  # deleted, but mapped
+    cache_teacher(orders[3], teacher, cache_dir=tmp_path)
+    assert len(tables(tmp_path)) == 2
+
+
+def test_shuffled_rows_make_no_second_copy(tmp_path):
+    """datasets copies both sides of a join where one of them is shuffled."""
+    cache_teacher(rows(6).shuffle(seed=0), tiny.model("bert"), cache_dir=tmp_path)
+    assert len(tables(tmp_path)) == 1
+
+
+def test_rows_that_no_table_can_hold_are_refused():
+    with pytest.raises(SettingError, match="answer has 2,147,483,648 numbers.*Give signal='sampled'"):
+        cache_room._lists(pa.array([1.0]), [2**31])
+
+
+def test_draws_in_portions_are_the_same(monkeypatch):
+    logits = torch.randn(10, 40, generator=torch.Generator().manual_seed(0))
+    found = []
+    for chunk in (128, 3):
+        monkeypatch.setattr(answers_room, "CHUNK", chunk)
+        found.append(sample_entries(logits, 50, torch.Generator().manual_seed(1)))
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in ("widths", "ids", "counts"))
+
+
+def test_draws_need_little_memory(monkeypatch):
+    """The float64 copies are of a few positions at a time."""
+    largest, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda x, dim: largest.append(len(x)) or softmax(x, dim=dim))
+    sample_entries(torch.zeros(1000, 5), 3, torch.Generator())
+    assert max(largest) == 128
+    assert sum(largest) == 1000
 
 
 def test_draws_follow_the_teacher():
@@ -244,6 +320,62 @@ def test_the_collator_may_change_but_not_the_tokens(tmp_path):
         cache_teacher(data, teacher, data_collator=lambda features: padded(features, most=1))
 
 
+def test_collators_that_change_the_inputs_are_refused_though_all_is_cached(tmp_path):
+    pixels = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images, teacher = Dataset.from_dict({"pixel_values": pixels.tolist()}), tiny.model("vit")
+    cache_teacher(images, teacher, cache_dir=tmp_path, data_collator=default_data_collator)
+
+    def louder(features):
+        return {"pixel_values": 3 * default_data_collator(features)["pixel_values"] + 1}
+
+    for folder in (tmp_path, None):
+        with pytest.raises(SettingError, match="collator changes 'pixel_values'"):
+            cache_teacher(images, teacher, cache_dir=folder, data_collator=louder)
+
+
+def test_collators_that_drop_token_types_are_refused():
+    data = rows(4, length=3).add_column("token_type_ids", [[0, 1, 1]] * 4)
+
+    def without(features):
+        return DataCollatorWithPadding(tiny.tokenizer())([{"input_ids": row["input_ids"]} for row in features])
+
+    with pytest.raises(SettingError, match="collator drops 'token_type_ids'"):
+        cache_teacher(data, tiny.model("bert"), data_collator=without)
+    kept = cache_teacher(data, tiny.model("bert"), data_collator=DataCollatorWithPadding(tiny.tokenizer()))
+    assert np.allclose(kept["teacher_logits"], cache_teacher(data, tiny.model("bert"))["teacher_logits"])
+
+
+def test_collators_may_make_starts_as_the_teacher_does_only():
+    teacher = encoder_decoder()
+    data = rows(4, labels=[[7], [8, 9, 10], [11, 12], [13, 14, 15, 16]])
+
+    def other(features):
+        batch = DataCollatorForSeq2Seq(tiny.tokenizer())(features)
+        return {**batch, "decoder_input_ids": torch.full_like(batch["labels"], 3)}
+
+    with pytest.raises(SettingError, match="collator changes 'decoder_input_ids'"):
+        cache_teacher(data, teacher, data_collator=other)
+    with pytest.raises(SettingError, match="collator drops 'labels'"):
+        cache_teacher(data, teacher, data_collator=lambda rows: {"input_ids": torch.ones(4, 9)})
+
+
+def test_a_labelled_pass_or_another_dropout_changes_no_cache(tmp_path):
+    """transformers sets problem_type at the first pass with labels."""
+    teacher, passes = counted(tiny.model("bert", num_labels=3))
+    cache_teacher(rows(4), teacher, cache_dir=tmp_path)
+    teacher(input_ids=torch.tensor([[5]]), labels=torch.tensor([1]))
+    assert teacher.config.problem_type is not None
+    teacher.config.update({"hidden_dropout_prob": 0.3, "use_cache": False, "max_length": 9, "hfshrink": {"a": 1}})
+    teacher.config.output_hidden_states = True
+    cache_teacher(rows(4), teacher, cache_dir=tmp_path)
+    assert passes == [4, 1]
+
+
+def test_inner_configs_are_held_against_each_other():
+    run = {"text_config": {"layers": 2, "attention_dropout": 0.1, "hidden_act": "gelu"}, "embd_pdrop": 0.1}
+    assert fingerprints._that_count(run) == {"text_config": {"layers": 2, "hidden_act": "gelu"}}
+
+
 def test_number_types_do_not_change_a_key(tmp_path):
     teacher, passes = counted(tiny.model("bert"))
     data = rows(4)
@@ -300,7 +432,7 @@ def test_half_precision_halves_the_file(tmp_path):
     ("change", "message"),
     [
         ({"teacher": {"seed": 1}}, r"teacher.weights is '\w+' there, '\w+' here"),
-        ({"teacher": {"hidden_act": "relu"}}, r"teacher.config is '\w+' there, '\w+' here"),
+        ({"teacher": {"hidden_act": "relu"}}, "teacher.config.hidden_act is 'gelu' there, 'relu' here"),
         ({"dtype": "float16"}, "answers.parts.logits is 'F32' there, 'F16' here"),
         ({"padding_side": "left"}, "collator.padding_side is 'right' there, 'left' here"),
         ({"word": "zebra"}, r"tokenizer.vocabulary is '\w+' there, '\w+' here"),
@@ -355,6 +487,13 @@ def test_table_that_can_not_be_written(tmp_path):
         cache_teacher(rows(2), teacher, cache_dir=tmp_path)
 
 
+@pytest.mark.parametrize("types", [[[0, 1], [0, None]], [[0, 1], None]])
+def test_missing_inputs_are_named(types):
+    data = Dataset.from_dict({"input_ids": [[5, 6], [7, 8]], "token_type_ids": types})
+    with pytest.raises(SettingError, match="Row 1 can't be read in the column 'token_type_ids': it holds None"):
+        cache_teacher(data, tiny.model("bert"))
+
+
 def test_broken_teacher_is_found():
     teacher = tiny.model("bert")
     teacher.classifier.weight.data.fill_(float("nan"))
@@ -373,6 +512,7 @@ def test_broken_teacher_is_found():
         ("bert", {"signal": "sampled"}, "signal='sampled' is for language models; the teacher does text-class"),
         ("bert", {"dtype": "int8"}, "dtype must be 'float32' or 'float16', got 'int8'"),
         ("llama", {"entries": 0}, r"entries must be a whole number in 1\.\.65535, got 0"),
+        ("llama", {"entries": True}, r"entries must be a whole number in 1\.\.65535, got True"),
         ("bert", {"batch_size": 2.5}, "batch_size must be a whole number"),
         (
             "llama",
@@ -423,7 +563,7 @@ print(sum(passes), len(kept))
 
 @pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path):
-    paths = os.pathsep.join((str(TESTS), str(TESTS / "distillation")))
+    paths = os.pathsep.join((str(HERE), str(Path(tiny.__file__).parent)))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "cache")]
     running = [

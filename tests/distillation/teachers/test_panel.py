@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from hfshrink.distillation import DistillationTrainer, LogitLoss
+from hfshrink.distillation.teachers.ensemble import calibrate_temperature
 from hfshrink.distillation.teachers.panel import Teachers
 from hfshrink.errors import SettingError
 from training import arguments, collate, pair, rows, trainer
@@ -49,7 +50,7 @@ def test_confident_weights_follow_the_calibrated_entropy():
     teachers = Teachers([first, liar], student, weights="confidence")
     with pytest.raises(SettingError, match="not calibrated yet"):
         teachers.ask(BATCH, ["labels"])
-    kind, loud = teachers.calibrate([held_out], ["labels"])
+    kind, loud = teachers.calibrate([held_out], ["labels"], "single_label")
     assert loud > 3 * kind
     right = tiny.logits(first, BATCH).argmax(-1)
     agreed = teachers.ask(BATCH, ["labels"]).logits.argmax(-1) == right
@@ -62,9 +63,54 @@ def test_calibration_needs_labels():
     student, first, second = three()
     teachers = Teachers([first, second], student, weights="confidence")
     with pytest.raises(SettingError, match="have none"):
-        teachers.calibrate([BATCH], ["labels"])
+        teachers.calibrate([BATCH], ["labels"], "single_label")
     with pytest.raises(SettingError, match="eval_dataset has none"):
-        teachers.calibrate([{**BATCH, "labels": torch.full((5,), -100)}], ["labels"])
+        teachers.calibrate([{**BATCH, "labels": torch.full((5,), -100)}], ["labels"], "single_label")
+
+
+def test_calibration_shifts_the_labels_of_language_models():
+    student, first = pair("causal")
+    second = tiny.model("llama", seed=7)
+    batch = collate([rows(labels="causal", count=40)[i] for i in range(40)])
+    batch["labels"] = batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)
+    teachers = Teachers([first, second], student, weights="confidence")
+    got = teachers.calibrate([batch], ["labels"], "causal_tokens")
+    logits = tiny.logits(first, {n: v for n, v in batch.items() if n != "labels"})
+    counted = batch["labels"][:, 1:] != -100
+    expected = calibrate_temperature(logits[:, :-1][counted], batch["labels"][:, 1:][counted])
+    assert got[0] == pytest.approx(expected)
+    teachers.ask(batch, ["labels"])
+
+
+def test_calibration_of_multi_label_heads():
+    student, first = pair("multi")
+    second = tiny.model("bert", seed=7, problem_type="multi_label_classification")
+    batch = collate([rows(labels="multi", count=20)[i] for i in range(20)])
+    teachers = Teachers([first, second], student, weights="confidence")
+    teachers.calibrate([batch], ["labels"], "multi_label")
+    assert teachers.ask(batch, ["labels"]).logits.shape == (20, 2)
+    with pytest.raises(SettingError, match="needs a head with classes"):
+        teachers.calibrate([batch], ["labels"], "span")
+
+
+def test_teacher_that_does_not_fit_stays_as_it_was():
+    student, teacher = pair(num_labels=3)[0], tiny.model("bert")
+    with pytest.raises(SettingError):
+        Teachers([teacher], student)
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_teacher_with_a_device_map_stays_there(tmp_path):
+    from hfshrink import load
+
+    student, teacher = pair()
+    teacher.save_pretrained(tmp_path)
+    places = {"bert": "cpu", "classifier": "disk"}  # the second device of a machine that has only one
+    mapped, _ = load(str(tmp_path), device_map=places, offload_folder=str(tmp_path / "offloaded"))
+    assert mapped.hf_device_map == places
+    run = trainer(student, mapped, rows(), logging_steps=1)
+    run.train()
+    assert run.state.log_history[0]["loss_logits"] > 0
 
 
 def test_trainer_takes_several_teachers():
@@ -79,11 +125,11 @@ def test_trainer_takes_several_teachers():
         eval_dataset=rows(8, seed=3),
         data_collator=collate,
     )
+    assert {"eval_agreement", "eval_teacher_accuracy"} <= set(run.evaluate())  # calibrated when it is first needed
     run.train()
     step = student.config.hfshrink["history"][-1]
     assert step["settings"]["teacher_weights"] == "confidence"
     assert len(step["results"]["teacher_temperatures"]) == 2
-    assert {"eval_agreement", "eval_teacher_accuracy"} <= set(run.evaluate())
 
 
 def test_span_heads_combine_start_and_end():
@@ -97,7 +143,13 @@ def test_span_heads_combine_start_and_end():
 
 @pytest.mark.parametrize(
     ("teachers", "weights", "message"),
-    [([], "uniform", "empty list"), ([1], [1, 2], "2"), ([1, 2], [-1, 2], "-1"), ([1, 2], "loudest", "loudest")],
+    [
+        ([], "uniform", "empty list"),
+        ([1], "confidence", "weighs several teachers, one is given"),
+        ([1, 2], [1, 2, 3], "3 weights"),
+        ([1, 2], [-1, 2], "-1"),
+        ([1, 2], "loudest", "loudest"),
+    ],
 )
 def test_wrong_weights_are_named(teachers, weights, message):
     student, *made = three()

@@ -13,7 +13,9 @@ from hfshrink.distillation.teachers.store import open_store
 from hfshrink.errors import CheckpointError
 
 DENSE = {"signal": "full", "entries": None, "seed": None, "classes": 3, "parts": {"logits": "F32"}}
-SPARSE = {**DENSE, "signal": "sampled", "parts": {"widths": "U8", "ids": "U16", "counts": "U8"}}
+DRAWS = 6
+SPARSE = {**DENSE, "signal": "sampled", "entries": DRAWS, "parts": {"widths": "U8", "ids": "U16", "counts": "U8"}}
+LARGEST = {**SPARSE, "signal": "top_k", "parts": {"widths": "U8", "ids": "U16", "probabilities": "F16"}}
 
 
 def settings(answers=DENSE, **teacher):
@@ -30,10 +32,17 @@ def dense(number, positions=1):
 
 
 def sparse(number):
-    """`number` positions of 1, 2, … entries."""
+    """`number` positions of 1, 2, … entries; the last entry has most of the draws."""
     widths = np.arange(1, number + 1, dtype=np.uint8)
     ids = np.arange(widths.sum(), dtype=np.uint16) % 3
-    return {"widths": widths, "ids": ids, "counts": np.full(len(ids), number, np.uint8)}
+    counts = np.concatenate([[1] * (n - 1) + [DRAWS + 1 - n] for n in range(1, number + 1)]).astype(np.uint8)
+    return {"widths": widths, "ids": ids, "counts": counts}
+
+
+def largest(number):
+    row = sparse(number)
+    row["probabilities"] = (row.pop("counts") / DRAWS).astype(np.float16)
+    return row
 
 
 def fill(folder, rows, answers=DENSE):
@@ -67,6 +76,7 @@ def same(one, two):
     [
         (DENSE, {n: dense(n, positions=n + 1) for n in range(5)}),
         (SPARSE, {n: sparse(n + 1) for n in range(5)}),
+        (LARGEST, {n: largest(n + 1) for n in range(5)}),
     ],
 )
 def test_rows_are_read_back_in_any_order(tmp_path, answers, rows, monkeypatch):
@@ -106,7 +116,54 @@ def test_a_killed_writers_half_is_swept_away(tmp_path):
     assert not half.exists()
 
 
-def test_one_writes_while_the_other_waits(tmp_path):
+def test_leftovers_of_tables_and_manifests_are_swept_away(tmp_path):
+    fill(tmp_path, {1: dense(1)})
+    (tmp_path / "tables").mkdir()
+    left = [tmp_path / ".cache.json.x1y2z3ab", tmp_path / "tables" / ".00ff.arrow.4711"]
+    for file in left:
+        file.write_bytes(b"half")
+    (tmp_path / "tables" / "00ff.arrow").write_bytes(b"whole")
+    fill(tmp_path, {})
+    assert not any(file.exists() for file in left)
+    assert (tmp_path / "tables" / "00ff.arrow").exists()
+
+
+def test_kill_at_the_first_manifest_is_survived(tmp_path):
+    (tmp_path / ".cache.json.x1y2z3ab").write_text("{")
+    fill(tmp_path, {1: dense(1)})
+    assert {file.name for file in tmp_path.iterdir() if not file.name.startswith("shard")} <= {".lock", "cache.json"}
+    assert same(read(tmp_path, 1)[0], dense(1))
+
+
+def test_open_shard_keeps_numbers_per_row_only(tmp_path):
+    """A row of a language model has thousands of positions, and hundreds of shards are open."""
+    fill(tmp_path, {n: sparse(6) for n in range(3)}, SPARSE)
+    (path,) = shards(tmp_path)
+    identity = json.loads((tmp_path / "cache.json").read_text())["identity"]
+    arrays = [value for value in vars(room.open_shard(path, identity, SPARSE)).values() if hasattr(value, "shape")]
+    assert [len(array) for array in arrays] == [3, 4, 4]
+
+
+def test_links_are_refused(tmp_path):
+    fill(tmp_path / "a", {1: dense(1)})
+    (path,) = shards(tmp_path / "a")
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=f"{path.name} is a link or no file"):
+        read(tmp_path / "a", 1)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(CheckpointError, match=f"{path.name} is a link or no file"):
+        read(tmp_path / "a", 1)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".00ff.arrow.4711").write_text("mine")
+    (tmp_path / "a" / "tables").symlink_to(tmp_path / "b")
+    with pytest.raises(CheckpointError, match="tables is a link"):
+        fill(tmp_path / "a", {})
+    assert (tmp_path / "b" / ".00ff.arrow.4711").exists()
+
+
+def test_one_writes_while_the_other_waits(tmp_path, caplog):
     inside, order = threading.Event(), []
 
     def second():
@@ -124,6 +181,7 @@ def test_one_writes_while_the_other_waits(tmp_path):
         order.append("first is done")
     thread.join(timeout=5)
     assert order == ["first is done", {key(1)}]
+    assert caplog.text.count("is in use; waiting for the other process") == 1
 
 
 @pytest.mark.parametrize(
@@ -178,10 +236,19 @@ def first_id(tensors, value):
         (SPARSE, lambda t: t.update(widths=t["widths"] + np.uint8(1)), "positions have 7 entries, ids 4"),
         (SPARSE, lambda t: t.update(counts=t["counts"][:1].copy()), "shapes do not fit"),
         (SPARSE, lambda t: first_id(t, 3), r"row 0 holds ids outside 0\.\.2"),
+        (SPARSE, lambda t: t["counts"].fill(0), "row 0 holds counts that do not add up to 6 draws"),
+        (SPARSE, lambda t: t["counts"].fill(2), "row 0 holds counts that do not add up to 6 draws"),
+        (LARGEST, lambda t: t["probabilities"].fill(np.nan), r"row 0 holds probabilities outside 0\.\.1"),
+        (LARGEST, lambda t: t["probabilities"].fill(-0.5), r"row 0 holds probabilities outside 0\.\.1"),
+        (LARGEST, lambda t: t["probabilities"].fill(1.5), r"row 0 holds probabilities outside 0\.\.1"),
     ],
 )
 def test_broken_shards_are_named(tmp_path, answers, change, message):
-    rows = {1: sparse(1), 2: sparse(2)} if answers is SPARSE else {1: dense(1), 2: dense(2, positions=2)}
+    rows = {1: dense(1), 2: dense(2, positions=2)}
+    if answers is SPARSE:
+        rows = {1: sparse(1), 2: sparse(2)}
+    if answers is LARGEST:
+        rows = {1: largest(1), 2: largest(2)}
     fill(tmp_path, rows, answers)
     (path,) = shards(tmp_path)
     rewrite(path, change)

@@ -103,6 +103,13 @@ def test_a_word_is_never_its_own_candidate():
     }
 
 
+def test_a_word_in_other_letter_case_is_no_candidate():
+    tokenizer = wordpieces("Good", "good", "GOOD", "film", "bad")
+    words = read_masked_words(masked_lm(vocab_size=len(tokenizer)), tokenizer)
+    [slots] = candidate_words(words, ["Good film"], 9)
+    assert [sorted(chosen) for _, chosen in slots] == [["a", "bad", "film"], ["GOOD", "Good", "a", "bad", "good"]]
+
+
 def test_a_small_vocabulary_gives_all_other_words():
     words = read_masked_words(masked_lm(), tiny.tokenizer())
     [slots] = candidate_words(words, ["cat"], 10_000)
@@ -272,9 +279,9 @@ def test_texts_that_cannot_change_are_told(caplog):
         ({"copies": 0}, "copies must be a whole number from 1 on, got 0"),
         ({"candidates": 1.5}, "candidates must be a whole number from 1 on, got 1.5"),
         ({"batch_size": 0}, "batch_size must be"),
-        ({"replace": 0.0}, "replace must lie above 0 and be at most 1, got 0.0"),
-        ({"replace": 1.1}, "replace must lie above 0 and be at most 1, got 1.1"),
-        ({"replace": float("nan")}, "replace must lie above 0 and be at most 1, got nan"),
+        ({"replace": 0.0}, "replace must be a number above 0 and at most 1, got 0.0"),
+        ({"replace": 1.1}, "replace must be a number above 0 and at most 1, got 1.1"),
+        ({"replace": float("nan")}, "replace must be a number above 0 and at most 1, got nan"),
         ({"text_columns": ["body"]}, "text_columns must be one or two of text"),
     ],
 )

@@ -69,6 +69,17 @@ def test_ties_go_to_the_first():
     assert balanced_rows(labels, confidences, confidences > 0, max_per_class=1).tolist() == [0, 1]
 
 
+def test_many_ties_go_to_the_first_too():
+    confidences = torch.full((40,), 0.9)  # beyond 16 rows a sort that is not stable mixes them
+    kept = balanced_rows(torch.zeros(40).long(), confidences, confidences > 0, max_per_class=3)
+    assert kept.tolist() == [0, 1, 2]
+
+
+def test_where_no_row_is_allowed_none_is_kept():
+    labels, confidences = torch.tensor([0, 1]), torch.tensor([0.3, 0.9])
+    assert balanced_rows(labels, confidences, confidences > 1).tolist() == []
+
+
 def test_without_balance_or_bound_all_allowed_rows_stay():
     labels, confidences = torch.tensor([2, 0, 2]), torch.tensor([0.3, 0.9, 0.8])
     assert balanced_rows(labels, confidences, confidences > 0.5, balance=False).tolist() == [1, 2]
@@ -115,8 +126,8 @@ def test_nothing_left_is_an_error_with_counts():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_confidence": 1.01}, r"min_confidence must lie in \[0, 1\], got 1.01"),
-        ({"min_confidence": float("nan")}, r"min_confidence must lie in \[0, 1\], got nan"),
+        ({"min_confidence": 1.01}, r"min_confidence must be a number in \[0, 1\], got 1.01"),
+        ({"min_confidence": float("nan")}, r"min_confidence must be a number in \[0, 1\], got nan"),
         ({"max_per_class": 0}, "max_per_class must be a whole number from 1 on, got 0"),
         ({"batch_size": 0}, "batch_size must be"),
     ],

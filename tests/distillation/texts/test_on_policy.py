@@ -108,6 +108,34 @@ def test_sampling_is_from_the_plain_distribution_whatever_the_generation_config_
     assert (counts - chance).abs().sum() < 0.12  # total variation of 4000 draws
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"min_p": 0.9},
+        {"suppress_tokens": list(range(5, 30))},
+        {"num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a"]},
+    ],
+    ids=str,
+)
+def test_the_models_own_generation_settings_change_nothing(settings):
+    model, warm = tiny.model("llama", seed=4), OnPolicy(max_new_tokens=6, temperature=1.5)
+    expected = generate_batch(model, batch("llama"), warm, seed=0)["input_ids"]
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    assert torch.equal(generate_batch(model, batch("llama"), warm, seed=0)["input_ids"], expected)
+    assert model.generation_config is own
+
+
+def test_no_token_of_a_large_vocabulary_is_left_out():
+    model, prompt = tiny.model("llama", vocab_size=200), torch.full((2000, 1), 7)
+    inputs = {"input_ids": prompt, "labels": torch.full_like(prompt, -100)}
+    made = generate_batch(model, inputs, OnPolicy(max_new_tokens=1, temperature=100.0), seed=0)
+    assert len(made["input_ids"][:, 1].unique()) > 190  # transformers' own top_k is 50
+
+
 def test_the_model_keeps_its_training_flags_and_gets_no_gradient():
     model = tiny.model("gpt2").train()
     model.transformer.h[0].eval()
@@ -143,8 +171,8 @@ def test_the_coin_has_the_right_share_and_depends_on_seed_and_step_alone():
     [
         ({"share": 1.1}, r"share must be a number in \[0, 1\], got 1.1"),
         ({"temperature": -1}, "temperature must be a number of at least 0, got -1"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be a number of at least 1, got 0"),
-        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number, got 1.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number from 1 on, got 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be a whole number from 1 on, got 1.5"),
     ],
 )
 def test_wrong_settings(settings, message):

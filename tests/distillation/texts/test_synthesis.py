@@ -11,6 +11,18 @@ from hfshrink.errors import SettingError, UnsupportedModelError
 
 SEEDS = ["the cat eats a fish", "a very long, boring movie!"]
 
+OWN_SETTINGS = [
+    {"min_p": 0.9},
+    {"typical_p": 0.1},
+    {"suppress_tokens": list(range(5, 30))},
+    {"num_return_sequences": 2},
+    {"return_dict_in_generate": True},
+    {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+    {"stop_strings": ["a"]},
+    {"num_beams": 2},
+    {"max_length": 3},
+]
+
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
@@ -97,6 +109,25 @@ def test_the_model_and_its_settings_stay_as_they_were():
     assert model.generation_config.to_dict() == before
 
 
+@pytest.mark.parametrize("settings", OWN_SETTINGS, ids=str)
+def test_the_models_own_generation_settings_change_nothing(settings):
+    model = causal()
+    expected = generate_texts(model, 6, tiny.tokenizer(), max_new_tokens=5)["text"][:]
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    own = model.generation_config
+    assert generate_texts(model, 6, tiny.tokenizer(), max_new_tokens=5)["text"][:] == expected
+    assert model.generation_config is own
+
+
+def test_patience_counts_batches_without_a_new_text(monkeypatch):
+    asked = []
+    monkeypatch.setattr(synthesis, "sample", lambda *_, **__: [asked.append(0), torch.tensor([7, 8])][1:])
+    found = generate_texts(causal(), 5, tiny.tokenizer(), max_new_tokens=2, batch_size=1)
+    assert len(found) == 1
+    assert len(asked) == 1 + synthesis.PATIENCE
+
+
 def test_a_folder_generates(tmp_path):
     causal().save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
@@ -116,9 +147,9 @@ def test_a_model_that_says_nothing_is_an_error():
         ({"num_texts": 0}, "num_texts must be a whole number from 1 on, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be"),
         ({"batch_size": True}, "batch_size must be"),
-        ({"temperature": 0}, "temperature must lie above 0"),
-        ({"temperature": float("nan")}, "temperature must lie above 0 and be at most 100.0, got nan"),
-        ({"top_p": 1.5}, "top_p must lie above 0 and be at most 1, got 1.5"),
+        ({"temperature": 0}, "temperature must be a number above 0"),
+        ({"temperature": float("nan")}, "temperature must be a number above 0, got nan"),
+        ({"top_p": 1.5}, "top_p must be a number above 0 and at most 1, got 1.5"),
         ({"prompts": []}, "prompts must be a list of texts, one at least"),
         ({"prompts": "the cat"}, "prompts must be a list of texts, one at least, got 'the cat'"),
         ({"prompts": ["no", "no"]}, "prompts must be different texts"),
@@ -206,8 +237,8 @@ def test_same_seed_same_mutants_and_the_random_state_stays():
         ({"seeds": ["zebra!"]}, "None of the 1 seeds has a word that is one piece .* such as 'zebra!'"),
         ({"num_texts": -1}, "num_texts must be"),
         ({"rounds": 0}, "rounds must be"),
-        ({"replace": 2}, "replace must lie above 0 and be at most 1, got 2"),
-        ({"temperature": float("inf")}, "temperature must lie above 0"),
+        ({"replace": 2}, "replace must be a number above 0 and at most 1, got 2"),
+        ({"temperature": float("inf")}, "temperature must be a number above 0"),
     ],
 )
 def test_bad_settings_of_mutation_are_refused(settings, message):

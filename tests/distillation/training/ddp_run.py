@@ -51,7 +51,7 @@ trainer = DistillationTrainer(
     label_weight=0.0 if special == "features" else 0.5,
     teacher_cache=f"{folder}-cache" if special == "cache" else None,
     train_dataset=rows,
-    eval_dataset=training.rows(9, labels, seed=1),
+    eval_dataset=training.rows(16, labels, seed=1),
     data_collator=training.collate,
 )
 trainer.train()

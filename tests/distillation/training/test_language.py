@@ -151,3 +151,21 @@ def test_on_policy_is_for_language_models():
         DistillationTrainer(
             student, arguments(), teacher=teacher, train_dataset=rows(), on_policy=OnPolicy(), data_collator=collate
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(0.5, "on_policy must be an OnPolicy"), (OnPolicy(), "is in no cache")]
+)
+def test_wrong_on_policy_is_named(given, message):
+    student, teacher = pair("causal")
+    data = cache_teacher(rows(labels="causal"), teacher)
+    with pytest.raises(SettingError, match=message):
+        DistillationTrainer(
+            student, arguments(), teacher=teacher, train_dataset=data, on_policy=given, data_collator=collate
+        )
+
+
+def test_missing_labels_of_a_language_model_are_named():
+    student, teacher = pair("causal")
+    with pytest.raises(SettingError, match="The batch has no labels"):
+        trainer(student, teacher, rows(labels=None)).train()

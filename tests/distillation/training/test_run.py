@@ -127,6 +127,9 @@ def test_masked_language_model_gets_its_masks(tmp_path):
         ({"teacher_chache": "x"}, "Did you mean 'teacher_cache'"),
         ({"generations": 0}, "generations must be"),
         ({"resume": True}, "resume=True needs output_dir"),
+        ({"args": 1}, "no setting 'args'"),
+        ({"teacher": []}, "need a teacher"),
+        ({"teacher": None, "generations": 2}, "generations needs a teacher"),
         ({"train_dataset": Dataset.from_dict({"input_ids": [[5, 6]], "labels": [4]})}, "Labels must lie in 0..1"),
         ({"train_dataset": 7}, "Expected a datasets.Dataset"),
     ],
@@ -169,3 +172,15 @@ def test_hyperparameter_search_tries_fresh_students(tmp_path):
     assert set(best.hyperparameters) == {"learning_rate"}
     assert len(made) == 3  # the first tells the trainer what to expect
     assert sorted(len(report(model).steps) for model in made)[-2:] == [2, 2]
+
+
+def test_own_average_needs_no_teacher():
+    student, _ = pair()
+    step = report(distill(student, None, rows(), ema_decay=0.5, **QUICK)).steps[-1]
+    assert step.settings["ema_decay"] == 0.5
+
+
+def test_each_generation_has_a_cache_of_its_own(tmp_path):
+    student, teacher = pair()
+    distill(student, teacher, rows(), generations=2, teacher_cache=tmp_path, **QUICK)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["generation-0", "generation-1"]

@@ -92,6 +92,30 @@ def test_projections_are_trained_and_gone_afterwards(tmp_path):
     assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
 
 
+def test_second_run_starts_with_projections_of_its_own():
+    student, teacher = narrow_pair()
+    run = trainer(student, teacher, rows(), losses=[HiddenLoss()], optim="adamw_torch")
+    run.train()
+    groups = len(run.optimizer.param_groups)
+    run.train()
+    assert len(run.optimizer.param_groups) == groups
+    assert groups == 2  # with and without weight decay: those of the student
+
+
+def test_projections_are_clipped():
+    student, teacher = narrow_pair()
+    found = []
+
+    class Spy(DistillationTrainer):
+        def _clip_grad_norm(self, model):
+            norm = super()._clip_grad_norm(model)
+            found.append(torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in self._parts.parameters()])))
+            return norm
+
+    trainer(student, teacher, rows(), Spy, losses=[HiddenLoss(weight=100.0)], max_grad_norm=0.01).train()
+    assert all(norm <= 0.0101 for norm in found)
+
+
 def test_attention_implementation_is_restored():
     student, teacher = pair()
     before = student.config._attn_implementation, teacher.config._attn_implementation
@@ -228,9 +252,18 @@ def test_resuming_needs_the_same_losses(tmp_path):
         ({"losses": [AttentionLoss(layers={3: 1})]}, "3"),
         ({"ema_decay": 0.9}, "not both"),
         ({"teacher": None, "ema_decay": 1.5}, "between 0 and 1"),
-        ({"final_label_weight": -1.0}, "final_label_weight must be 0 or more"),
+        ({"teacher": None, "ema_decay": "0.9"}, "ema_decay must be a number"),
+        ({"final_label_weight": -1.0}, "final_label_weight must be a number of at least 0"),
+        ({"label_weight": "0.5"}, "label_weight must be a number"),
+        ({"losses": [LogitLoss]}, "must be a list of loss objects"),
+        ({"losses": LogitLoss()}, "losses must be a list"),
+        ({"losses": [LogitLoss(final_weight=0.0)], "label_weight": 0.0}, "At the last step"),
+        ({"losses": [], "label_weight": 0.0, "final_label_weight": 1.0}, "At the first step"),
         ({"teacher": []}, "empty list"),
-        ({"teacher_weights": "confidence"}, "give eval_dataset"),
+        (
+            {"teacher": [tiny.model("bert", seed=s) for s in (3, 4)], "teacher_weights": "confidence"},
+            "give eval_dataset",
+        ),
     ],
 )
 def test_errors_come_before_training(change, message):

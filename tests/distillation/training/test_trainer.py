@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -10,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 import tiny
 from hfshrink import DistillationMixin, DistillationTrainer, LogitLoss, report
-from hfshrink.distillation import cache_teacher
+from hfshrink.distillation import DecoupledLoss, cache_teacher
 from hfshrink.distillation.losses.divergences import kl_divergence
 from hfshrink.errors import SettingError
 from training import HEADS, arguments, collate, no_dropout, pair, rows, trainer
@@ -318,7 +319,6 @@ def test_teacher_gets_inputs_that_the_student_does_not_take():
     forward = teacher.forward
     teacher.forward = lambda **kwargs: seen.update(kwargs) or forward(**kwargs)
     run.model.train()
-    run._teacher_inputs = {"input_ids", "attention_mask", "token_type_ids"}
     run.current_gradient_accumulation_steps = 1
     run.compute_loss(run.model, batch)
     assert torch.equal(seen["token_type_ids"], batch["token_type_ids"])
@@ -395,7 +395,7 @@ def test_broken_student_is_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label_weight": -1}, "label_weight must be 0 or more, got -1"),
+        ({"label_weight": -1}, "label_weight must be a number of at least 0, got -1"),
         ({"losses": [], "label_weight": 0.0}, "nothing to learn from"),
         ({"losses": [LogitLoss(), LogitLoss()]}, "Each loss must have a name of its own"),
         (
@@ -425,3 +425,216 @@ def test_student_can_not_be_its_own_teacher():
     with pytest.raises(SettingError, match="the same object"):
         trainer(student, student, rows())
     assert all(parameter.requires_grad for parameter in student.parameters())
+
+
+def spans(count=8, unlabelled=()):
+    """Rows of unequal length with the start and end of an answer."""
+    data = rows(count, None)
+    starts = [-100 if i in unlabelled else 0 for i in range(count)]
+    return data.add_column("start_positions", starts).add_column("end_positions", [max(s, -100) for s in starts])
+
+
+def span_pair():
+    quiet = no_dropout("bert")
+    return (
+        tiny.model("bert", "question-answering", seed=1, num_hidden_layers=1, **quiet),
+        tiny.model("bert", "question-answering", seed=2, **quiet),
+    )
+
+
+def first_log(student, teacher, data, **kwargs):
+    settings = {"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "sequential", **kwargs}
+    run = trainer(student, teacher, data, **settings)
+    run.train()
+    return run.state.log_history[0]
+
+
+def test_spans_from_a_cache_equal_those_of_the_teacher():
+    """Though a cached teacher knows nothing of the padding that a batch adds."""
+    live = first_log(*span_pair(), spans())
+    student, teacher = span_pair()
+    kept = first_log(student, None, cache_teacher(spans(), teacher))
+    assert kept["loss_logits"] == pytest.approx(live["loss_logits"], rel=1e-5)
+
+
+def test_spans_without_answer_have_no_label():
+    """Half of the rows: the label part is the sum over the others, divided by all."""
+    log = first_log(*span_pair(), spans(8, unlabelled=range(4)), per_device_train_batch_size=8)
+    student, _ = span_pair()
+    batch = collate([spans()[i] for i in range(8)])
+    with torch.no_grad():
+        outputs = student(**{n: v for n, v in batch.items() if "positions" not in n})
+    cross = [
+        torch.nn.functional.cross_entropy(x[4:], torch.zeros(4, dtype=torch.long), reduction="sum") / 8
+        for x in (outputs.start_logits, outputs.end_logits)
+    ]
+    assert log["loss_labels"] == pytest.approx(((cross[0] + cross[1]) / 2).item(), rel=1e-4)
+
+
+def test_several_teachers_of_spans_are_compared():
+    student, teacher = span_pair()
+    other = tiny.model("bert", "question-answering", seed=5)
+    run = DistillationTrainer(
+        student,
+        arguments(),
+        teacher=[teacher, other],
+        train_dataset=spans(),
+        eval_dataset=spans(),
+        data_collator=collate,
+    )
+    assert 0 <= run.evaluate()["eval_agreement"] <= 1
+
+
+def evaluated(**kwargs):
+    student, teacher = pair()
+    settings = {"compute_metrics": lambda found: {"mean": np.float32(np.mean(found.predictions))}, **kwargs}
+    extra = {n: settings.pop(n) for n in ("include_for_metrics", "batch_eval_metrics") if n in settings}
+    run = DistillationTrainer(
+        student,
+        arguments(**extra),
+        teacher=teacher,
+        train_dataset=rows(),
+        eval_dataset=rows(8, seed=1),
+        data_collator=collate,
+        **settings,
+    )
+    return run.evaluate()
+
+
+def test_teachers_metrics_are_the_trainers():
+    got = evaluated(preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
+    json.dumps(got)
+    assert got["eval_teacher_mean"] in [i / 8 for i in range(9)]
+
+
+def test_metrics_from_inputs_are_the_students_alone():
+    got = evaluated(include_for_metrics=["inputs"], compute_metrics=lambda found: {"rows": len(found.inputs)})
+    assert got["eval_rows"] == 8
+    assert "eval_teacher_rows" not in got
+
+
+def test_default_objective_of_a_search_is_the_loss(tmp_path):
+    pytest.importorskip("optuna", reason="needs optuna")
+    from hfshrink import make_student
+
+    _, teacher = pair()
+    run = DistillationTrainer(
+        model_init=lambda: make_student(teacher, 1),
+        args=arguments(output_dir=str(tmp_path), max_steps=1),
+        teacher=teacher,
+        train_dataset=rows(),
+        eval_dataset=rows(8, seed=1),
+        data_collator=collate,
+    )
+    seen = []
+    evaluate = run.evaluate
+    run.evaluate = lambda *args, **kwargs: seen.append(evaluate(*args, **kwargs)) or seen[-1]
+    best = run.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2)}, n_trials=1, backend="optuna"
+    )
+    assert best.objective == pytest.approx(seen[-1]["eval_loss"])
+
+
+def test_left_padding_counts_the_same_items_everywhere():
+    """The first token of a row follows padding: no part learns it, in batches of any size."""
+    student, teacher = pair("causal")
+    data = rows(8, "causal")
+
+    def left(batch):
+        made = collate(batch)
+        lengths = made["attention_mask"].sum(1)
+        rolled = {
+            n: torch.stack([row.roll(int(row.numel() - k)) for row, k in zip(v, lengths, strict=True)])
+            for n, v in made.items()
+        }
+        return {**rolled, "labels": rolled["labels"].masked_fill(rolled["attention_mask"] == 0, -100)}
+
+    def log(size, steps):
+        import copy
+
+        run = DistillationTrainer(
+            copy.deepcopy(student),
+            arguments(
+                max_steps=1,
+                logging_steps=1,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=steps,
+                train_sampling_strategy="sequential",
+            ),
+            teacher=teacher,
+            train_dataset=data,
+            data_collator=left,
+        )
+        run.train()
+        return run.state.log_history[0]
+
+    whole, parts = log(8, 1), log(2, 4)
+    for name in ("loss", "loss_labels", "loss_logits"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_decoupled_loss_of_partly_labelled_rows_accumulates():
+    data = rows(8)
+    half = data.remove_columns("labels").add_column("labels", [1, -100, -100, -100, 0, 2, 1, 0])
+
+    def log(size, steps):
+        student, teacher = pair(num_labels=3)
+        return first_log(
+            student,
+            teacher,
+            half,
+            losses=[DecoupledLoss()],
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+        )
+
+    whole, parts = log(8, 1), log(2, 4)
+    assert parts["loss_decoupled"] == pytest.approx(whole["loss_decoupled"], rel=1e-4)
+
+
+def test_cached_answers_are_one_teachers():
+    student, teacher = pair()
+    with pytest.raises(SettingError, match="one teacher's cached answers, but several"):
+        trainer(student, [teacher, tiny.model("bert", seed=5)], cache_teacher(rows(), teacher))
+
+
+def test_several_cached_evaluation_sets():
+    student, teacher = pair("tokens")
+    sets = {name: cache_teacher(rows(6, "tokens", seed=i), teacher) for i, name in enumerate("ab")}
+    run = DistillationTrainer(
+        student,
+        arguments(),
+        teacher=teacher,
+        train_dataset=rows(labels="tokens"),
+        eval_dataset=sets,
+        data_collator=collate,
+    )
+    got = run.evaluate()
+    assert {"eval_a_agreement", "eval_b_agreement"} <= set(got)
+
+
+def test_encoder_decoder_predicts_without_labels():
+    made = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": tiny.VOCABULARY}
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    student, teacher = (T5ForConditionalGeneration(T5Config(**made, decoder_start_token_id=0)) for _ in range(2))
+    data = rows(4, None).add_column("labels", [[5, 6]] * 4)
+    run = DistillationTrainer(
+        student, arguments(), teacher=teacher, train_dataset=data, eval_dataset=data, data_collator=collate
+    )
+    assert "eval_agreement" in run.evaluate()
+    labelled = {n: v for n, v in collate([data[0]]).items() if n != "labels"}
+    with torch.no_grad():
+        run.model.eval()
+        labelled["decoder_input_ids"] = torch.tensor([[0]])
+        run._eval_sums, run._teacher_predictions = {}, None
+        assert run.prediction_step(run.model, labelled, True)[0] is None
+
+
+def test_answers_of_another_teacher_are_refused():
+    student, teacher = pair()
+    kept = cache_teacher(rows(), tiny.model("bert", seed=5))
+    with pytest.raises(SettingError, match="are not this teacher's"):
+        trainer(student, teacher, kept)
+    trainer(student, None, kept)  # without one they are taken as they are
+    trainer(student, teacher, cache_teacher(rows(), teacher, dtype="float16"))

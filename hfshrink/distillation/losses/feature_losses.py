@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hfshrink.distillation.losses.checks import check_number, check_weights
+from hfshrink.distillation.checks import check_choice, check_counts, check_flags, check_number, check_weights
 from hfshrink.distillation.losses.matching import (
     DISTANCES,
     STATES,
@@ -62,8 +62,10 @@ class HiddenLoss:
 
     def __post_init__(self) -> None:
         check_weights(self.weight, self.final_weight)
-        if self.distance not in DISTANCES:
-            raise SettingError(f"distance must be one of {', '.join(DISTANCES)}, got {self.distance!r}.")
+        check_choice("distance", self.distance, DISTANCES)
+        check_flags(first_token=self.first_token, normalize=self.normalize, projection=self.projection)
+        if self.embeddings is not None:
+            check_flags(embeddings=self.embeddings)
         if self.normalize and self.distance == "cosine":
             raise SettingError('distance="cosine" ignores lengths already: leave out normalize=True.')
 
@@ -155,9 +157,8 @@ class RelationLoss:
             check_number(f"{kind}_weight", self.share(kind), "of at least 0", lambda value: value >= 0)
         if not sum(self.share(kind) for kind in STATES):
             raise SettingError("query_weight, key_weight and value_weight are all 0: there is nothing to compare.")
-        heads = self.relation_heads
-        if heads is not None and (not isinstance(heads, int) or isinstance(heads, bool) or heads < 1):
-            raise SettingError(f"relation_heads must be a whole number of at least 1 or None, got {heads!r}.")
+        if self.relation_heads is not None:
+            check_counts(relation_heads=self.relation_heads)
 
     def share(self, kind: str) -> float:
         """The weight of "query", "key" or "value"."""
@@ -204,6 +205,7 @@ class FeatureMapLoss:
 
     def __post_init__(self) -> None:
         check_weights(self.weight, self.final_weight)
+        check_flags(projection=self.projection)
         if self.stages is not None and (not isinstance(self.stages, Mapping) or not self.stages):
             raise SettingError(f"stages must be a mapping {{student module: teacher module}}, got {self.stages!r}.")
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import tiny
-from hfshrink.distillation.losses.capture import Features, Recorder
+from hfshrink.distillation.losses.capture import AttentionStates, Features, Recorder
+from hfshrink.distillation.losses.feature_losses import AttentionLoss, FeatureMapLoss, HiddenLoss, RelationLoss
 from hfshrink.distillation.losses.features import attention_mse, feature_map_mse, hidden_mse, normalized_distance
-from hfshrink.distillation.losses.inside import AttentionLoss, FeatureMapLoss, HiddenLoss, RelationLoss
-from hfshrink.distillation.losses.matching import match_stages
+from hfshrink.distillation.losses.matching import _attention_of, match_stages
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import random_inputs
 
@@ -143,6 +143,52 @@ def test_a_causal_students_future_does_not_count():
         assert with_mask.item() == pytest.approx(without.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("causal", ["student", "teacher", "both"])
+def test_what_one_of_both_may_not_look_at_does_not_count(causal):
+    part = AttentionLoss(layers={0: 0}).prepare(tiny.model("bert"), tiny.model("llama"))
+    past = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+
+    def side(name, scores):
+        states = SimpleNamespace(query=torch.zeros(1, 4, 3, 4), scores=scores, pairs=past if name else None)
+        return SimpleNamespace(features=Features(attention={0: states}))
+
+    ours, theirs = torch.randn(1, 4, 3, 3), torch.randn(1, 4, 3, 3)
+    window = past & torch.ones(3, 3, dtype=torch.bool).triu(-1)
+    student = side(causal != "teacher", ours)
+    if causal == "both":
+        student.features.attention[0].pairs, past = past, window
+    before, future, earlier = (
+        part(student, side(causal != "student", theirs + change)).item() for change in (0.0, ~past * 9.0, past * 9.0)
+    )
+    assert before == future != earlier
+    assert before == pytest.approx((ours - theirs).square()[past.expand_as(ours)].mean().item())
+
+
+def test_pairs_go_to_the_students_device():
+    ours = AttentionStates(*torch.zeros(3, 1, 2, 5, 4, device="meta"), 1.0)
+    theirs = AttentionStates(*torch.zeros(3, 1, 2, 5, 4), 1.0, torch.ones(1, 1, 5, 5, dtype=torch.bool))
+    features = Features(attention={0: ours}), Features(attention={0: theirs})
+    assert _attention_of(features[0], 0, features[1], 0)[2].device.type == "meta"
+
+
+def test_the_first_token_is_the_first_that_is_not_padding():
+    teacher, student = tiny.model("bert", num_hidden_layers=4), tiny.model("bert", seed=1)
+    part, batch = PKD.prepare(student, teacher), tiny.inputs("bert", batch=2)
+    batch["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    ours = student(**batch, output_hidden_states=True).hidden_states[1][[0, 1], [2, 0]]
+    theirs = teacher(**batch, output_hidden_states=True).hidden_states[2][[0, 1], [2, 0]]
+    expected = normalized_distance(ours, theirs).item()
+    assert value_of(part, student, teacher, batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_layers_whose_states_have_the_positions_first_are_refused():
+    from transformers import XLNetConfig, XLNetModel
+
+    network = XLNetModel(XLNetConfig(vocab_size=20, d_model=8, n_layer=2, n_head=2, d_inner=8)).eval()
+    with pytest.raises(UnsupportedModelError, match=r"shape \(batch, sequence, width\).* of one row, .*\(4, 1, 8\)"):
+        HiddenLoss().prepare(network, network)
+
+
 def test_relations_fit_models_that_share_no_size():
     teacher, student = tiny.model("bert"), tiny.model("llama", task="text-classification", hidden_size=24, head_dim=6)
     part = RelationLoss(relation_heads=2, key_weight=0.0).prepare(student, teacher)
@@ -215,9 +261,13 @@ def test_half_precision_models_give_a_float32_loss():
     [
         (lambda: HiddenLoss(distance="l1"), "distance must be one of mse, cosine, got 'l1'"),
         (lambda: HiddenLoss(distance="cosine", normalize=True), "ignores lengths already"),
+        (lambda: HiddenLoss(distance=["mse"]), "distance must be one of mse, cosine, got \\['mse'\\]"),
+        (lambda: HiddenLoss(first_token="yes"), "first_token must be True or False, got 'yes'"),
+        (lambda: HiddenLoss(embeddings=1), "embeddings must be True or False, got 1"),
+        (lambda: FeatureMapLoss(projection="x"), "projection must be True or False, got 'x'"),
         (lambda: HiddenLoss(weight=-1.0), "weight must be a number of at least 0, got -1"),
         (lambda: AttentionLoss(final_weight=-1.0), "final_weight must be a number of at least 0"),
-        (lambda: RelationLoss(relation_heads=0), "relation_heads must be a whole number of at least 1 or None, got 0"),
+        (lambda: RelationLoss(relation_heads=0), "relation_heads must be a whole number from 1 on, got 0"),
         (lambda: RelationLoss(query_weight=-1), "query_weight must be a number of at least 0, got -1"),
         (lambda: RelationLoss(query_weight=0, key_weight=0, value_weight=0), "are all 0"),
         (lambda: FeatureMapLoss(stages={}), "stages must be a mapping"),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfshrink.distillation.checks import check_counts
 from hfshrink.distillation.losses.logits import loss_mask
 from hfshrink.errors import SettingError
 
@@ -79,8 +80,8 @@ def retokenize(
             f"The teacher's tokenizer {type(teacher_tokenizer).__name__} can't tell which characters its tokens "
             "cover. Load the fast one."
         )
-    if max_length is not None and max_length < 1:
-        raise SettingError(f"max_length must be at least 1, got {max_length}.")
+    if max_length is not None:
+        check_counts(max_length=max_length)
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     counts: Any = loss_mask(inputs, "causal_tokens")  # (batch, sequence − 1)
     encoded, pairs = [], []
@@ -130,12 +131,17 @@ def _read_teacher(text: str, teacher: Any, max_length: int | None) -> tuple[list
 def _ends(text: str, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any) -> dict[int, int]:
     """Character behind each token -> number of the token, the last one where several end there.
 
-    Byte-level tokenizers do not count the blanks at a token's end (`trim_offsets`); such tokens are left out.
+    Left out are tokens that have read on, though their offsets do not say so: over the blanks at their end, which
+    byte-level tokenizers do not count (`trim_offsets`), or into a character that the next token ends.
     """
     found = {}
     for number, (_, end) in enumerate(offsets):
-        cut = text[end : end + 1].isspace() and not text[end - 1 : end].isspace()  # where blanks may have been cut off
-        if end and not (cut and tokenizer.decode([ids[number]])[-1:].isspace()):
+        blanks = ""
+        if text[end : end + 1].isspace():  # where blanks may have been cut off
+            read = tokenizer.decode([ids[number]])
+            blanks = read[len(read.rstrip()) :]
+        start, stop = offsets[number + 1] if number + 1 < len(offsets) else (end, end)
+        if end and text[:end].endswith(blanks) and not start < end < stop:
             found[end] = number
     return found
 
