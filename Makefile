@@ -11,7 +11,7 @@ demo: $(VENV)/ready  ## The main job on real input: distil a student, quantize i
 	$(RUN) examples/quickstart.py $(ARGS)
 
 test: $(VENV)/ready  ## The fast tests
-	$(RUN) -m pytest -q -m "not slow and not network and not gpu" $(ARGS)
+	OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n auto -m "not slow and not network and not gpu" $(ARGS)
 
 test-slow: $(VENV)/ready  ## Processes, resumed runs, examples
 	$(RUN) -m pytest -q -m "slow" $(ARGS)

@@ -1,4 +1,4 @@
-"""What every test shares: no network, one seed, two threads."""
+"""What every test shares: no network, one seed, two threads (one where tests run side by side)."""
 
 import os
 
@@ -9,7 +9,7 @@ os.environ.update(
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 collect_ignore = ["distillation/training/ddp_run.py"]  # a script that a test starts
 
 
