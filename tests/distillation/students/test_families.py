@@ -52,8 +52,10 @@ def test_student_of_another_family_reads_what_the_teacher_reads(family, task, ar
     assert not student.training
     student.save_pretrained(tmp_path)
     again = type(student).from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(again(**batch)[0], new)
+    kept = student.state_dict()
+    assert all(torch.equal(value, kept[key]) for key, value in again.state_dict().items())
+    with torch.no_grad():  # convolutions round by the threads that they run on
+        assert torch.allclose(again(**batch)[0], new)
 
 
 def test_record_counts_fresh_weights_and_names_what_came_from_the_teacher():

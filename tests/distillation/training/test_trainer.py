@@ -11,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 import tiny
 from hfshrink import DistillationMixin, DistillationTrainer, LogitLoss, report
-from hfshrink.distillation import DecoupledLoss, cache_teacher
+from hfshrink.distillation import DecoupledLoss, FeatureMapLoss, cache_teacher
 from hfshrink.distillation.losses.divergences import kl_divergence
 from hfshrink.errors import SettingError
 from training import HEADS, arguments, collate, no_dropout, pair, rows, trainer
@@ -638,3 +638,25 @@ def test_answers_of_another_teacher_are_refused():
         trainer(student, teacher, kept)
     trainer(student, None, kept)  # without one they are taken as they are
     trainer(student, teacher, cache_teacher(rows(), teacher, dtype="float16"))
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "mobilenet_v2"])
+def test_students_of_images_learn_from_a_resnet(family):
+    """Of its own family, of another one, and cut to depthwise separable convolutions."""
+    from hfshrink import make_student
+
+    teacher = tiny.model("resnet", seed=2)
+    small = {"depth_multiplier": 0.1, "finegrained_output": False} if family == "mobilenet_v2" else {}
+    student = make_student(teacher, architecture=family, **small) if small else tiny.model(family, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    size = 32 if small else 8
+    images = torch.rand(8, 3, size, size, generator=generator)
+    data = Dataset.from_dict({"pixel_values": images.tolist(), "labels": [0, 1] * 4})
+    losses = [LogitLoss(), FeatureMapLoss()] if family == "resnet" else [LogitLoss()]
+    run = trainer(student, teacher, data, losses=losses, logging_steps=1)
+    run.train()
+    log = run.state.log_history[0]
+    assert {f"loss_{loss.name}" for loss in losses} <= set(log)
+    assert log["loss"] == pytest.approx(
+        0.5 * log["loss_labels"] + sum(log[f"loss_{x.name}"] for x in losses), rel=1e-4
+    )
