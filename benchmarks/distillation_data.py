@@ -137,7 +137,7 @@ def garments() -> Subject:
 @cache
 def language() -> Subject:
     """The first 128 tokens of news articles that are as long, continued by SmolLM2."""
-    parts = assets.bbc_news(train=1000, validation=20, test=120)
+    parts = assets.bbc_news(train=1000, validation=40, test=200)
     tokenizer = AutoTokenizer.from_pretrained(assets.smollm2())
 
     def encode(rows):
