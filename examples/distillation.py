@@ -1,6 +1,6 @@
 """Some ways to use a teacher on one student, on a few movie reviews: shows the calls, not how well they do.
 
-`.venv/bin/python examples/distillation.py` takes about three minutes on 2 cores. The measured comparison is
+`.venv/bin/python examples/distillation.py` takes about two minutes on 2 cores. The measured comparison is
 benchmarks/distillation.py.
 """
 
