@@ -76,7 +76,10 @@ def render(tasks):
         sizes = f"{len(subject.rows['test']):,} test rows, {task.steps} steps of {subject.batch} rows"
         parts.append(f"## {task.name}: {subject.title}\n\n{sizes}.\n\n{table(header, lines)}")
         if task.seeds == 1:
-            parts.append("One seed proves nothing about other seeds: the interval resamples test rows only.")
+            parts.append(
+                "One seed and one rate, not chosen from several, prove nothing about others: "
+                "the interval resamples test rows."
+            )
     parts.append(
         "The baseline is the same student without distillation, trained for as many steps. Signal and learning rate "
         "of each arm were chosen on the validation rows with seed 0; the test rows chose nothing. Intervals resample "

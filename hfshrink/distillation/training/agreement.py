@@ -16,7 +16,6 @@ from hfshrink.distillation.training.batches import without_padding
 from hfshrink.labels import IGNORED
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
-LANGUAGE_HEAD = "causal_tokens"
 
 
 class AgreementMixin(_Trainer):
@@ -182,7 +181,7 @@ def _decisions(outputs: Any, head: str) -> Tensor:
     if head == "multi_label":
         return (outputs.logits > 0).long()
     chosen = outputs.logits.argmax(-1)
-    if head == LANGUAGE_HEAD:
+    if head == "causal_tokens":
         return chosen[:, :-1]
     return chosen if chosen.ndim > 1 else chosen[:, None]
 
@@ -191,7 +190,7 @@ def _truth(labels: list[Any], head: str) -> Tensor:
     if head == "span":
         return torch.stack([label.reshape(-1) for label in labels], dim=1)
     truth = labels[0].long()
-    if head == LANGUAGE_HEAD:
+    if head == "causal_tokens":
         return truth[:, 1:]
     return truth if truth.ndim > 1 else truth[:, None]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfshrink.distillation.teachers.panel import SPANS
 from hfshrink.labels import IGNORED
 
-SPANS = ("start_logits", "end_logits")
 NOWHERE = -1e4  # logit of a position that is padding: no probability
 
 

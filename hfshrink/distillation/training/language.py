@@ -117,7 +117,7 @@ class LanguageMixin(_Trainer):
         return {name: (weights[name], value) for name, value in values.items()}, student, teacher
 
     def _teacher_in_chunks(self, inputs: dict[str, Any]) -> Any:
-        if not self._asks_teacher(inputs):
+        if not self._asks_teacher():
             return None
         if "teacher_ids" in inputs:
             return self._teacher_outputs(inputs, HEAD).sparse

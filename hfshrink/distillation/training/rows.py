@@ -14,7 +14,7 @@ from hfshrink.data import LANGUAGE_TASKS, row_lengths
 from hfshrink.distillation.teachers.alignment import check_lengths
 from hfshrink.distillation.teachers.cache import cache_teacher
 from hfshrink.distillation.teachers.collator import TEACHER_COLUMNS
-from hfshrink.distillation.training.batches import SPANS
+from hfshrink.distillation.teachers.panel import SPANS
 from hfshrink.errors import SettingError
 from hfshrink.record import model_name
 

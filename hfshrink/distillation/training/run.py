@@ -139,11 +139,10 @@ def prepare_rows(dataset: Any, model: Any, processor: Any, task: str, text_colum
         raise SettingError(
             "For question answering give encoded rows: input_ids, attention_mask, start_positions, end_positions."
         )
-    answers = {name: rows.features[name] for name in rows.column_names}
     encoded = encode(rows, model, processor, task, text_columns=text_columns)
     if task == "text-generation" and "labels" not in encoded.column_names:
         return encoded.add_column("labels", encoded.with_format(None)["input_ids"])
-    if "labels" in answers and task == "text-classification" and model.config.num_labels > 1:
+    if "labels" in encoded.column_names and task == "text-classification" and model.config.num_labels > 1:
         flat = [value for value in encoded["labels"] if isinstance(value, int)]
         check_class_labels(flat, model.config.num_labels)
     return encoded

@@ -186,7 +186,7 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
     ) -> tuple[dict[str, tuple[float, Tensor]], Any, Any]:
         """Each part's weight and value, the student's outputs and the teacher's."""
         label_loss, outputs = self._label_loss(model, inputs, mask)
-        theirs = self._teacher_outputs(inputs, head) if self._asks_teacher(inputs) else None
+        theirs = self._teacher_outputs(inputs, head) if self._asks_teacher() else None
         self._add_features(outputs, theirs, inputs)
         parts = {} if label_loss is None else {"labels": (self._label_weight_now(), label_loss)}
         labels = inputs.get(self.label_names[0]) if self.label_names else None
@@ -225,7 +225,7 @@ class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin,
             return nothing(outputs), outputs
         return loss.mean() * known, outputs
 
-    def _asks_teacher(self, inputs: dict[str, Any]) -> bool:
+    def _asks_teacher(self) -> bool:
         return any(getattr(loss, "needs_teacher", True) and self._weight_now(loss) for loss in self.losses)
 
     def _can_compare(self, inputs: dict[str, Any]) -> bool:

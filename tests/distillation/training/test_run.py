@@ -131,6 +131,7 @@ def test_masked_language_model_gets_its_masks(tmp_path):
         ({"teacher": []}, "need a teacher"),
         ({"teacher": None, "generations": 2}, "generations needs a teacher"),
         ({"train_dataset": Dataset.from_dict({"input_ids": [[5, 6]], "labels": [4]})}, "Labels must lie in 0..1"),
+        ({"train_dataset": Dataset.from_dict({"input_ids": [[5, 6]], "label": [4]})}, "Labels must lie in 0..1"),
         ({"train_dataset": 7}, "Expected a datasets.Dataset"),
     ],
 )
