@@ -13,7 +13,7 @@ import hfshrink
 
 ROOT = Path(hfshrink.__file__).parent
 GROUND = {"errors", "terminal", "measurement", "record", "saving", "modules", "loading", "labels", "data"}
-GROUND |= {"inputs", "calibration", "layers", "checkpoint"}
+GROUND |= {"blocks", "inputs", "calibration", "layers", "checkpoint", "sensitivity"}
 MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "saving": {"errors"},
     "record": {"errors", "measurement", "saving", "terminal"},
     "modules": {"errors", "record"},
+    "blocks": {"errors", "modules"},
     "layers": {"errors"},
     "loading": {"errors", "modules", "record", "saving"},
     "labels": {"errors", "record"},
@@ -28,11 +29,14 @@ MAY_IMPORT = {
     "data": {"errors", "labels", "modules", "record", "terminal"},
     "calibration": {"data", "errors", "loading", "modules", "record"},
     "checkpoint": {"errors", "layers", "loading", "measurement", "modules", "record", "saving"},
-    "evaluation": GROUND - {"calibration", "layers", "checkpoint"},
+    "sensitivity": {"calibration", "data", "errors", "inputs", "loading", "modules", "record", "terminal"},
+    "evaluation": GROUND - {"blocks", "calibration", "layers", "checkpoint", "sensitivity"},
     "distillation": GROUND | {"evaluation"},
+    "pruning": GROUND | {"evaluation"},
     "quantization": GROUND | {"evaluation"},
+    "trainer": GROUND | {"distillation", "pruning"},
     "cards": {"errors", "loading", "measurement", "record", "terminal"},
-    "cli": GROUND | {"cards", "distillation", "evaluation", "quantization"},
+    "cli": GROUND | {"cards", "distillation", "evaluation", "pruning", "quantization"},
     "__init__": {"checkpoint"},
 }
 """room -> the rooms that it may import; techniques never import each other."""

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfshrink.blocks import layer_blocks
 from hfshrink.calibration import batches
 from hfshrink.distillation.students.slicing import HIDDEN, Axis
-from hfshrink.distillation.students.width import block_boxes, layer_blocks, widths_of
+from hfshrink.distillation.students.width import block_boxes, widths_of
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode
 from hfshrink.modules import layer_stack

@@ -9,12 +9,13 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from hfshrink.blocks import layer_blocks
 from hfshrink.distillation.students import targets as sizes
 from hfshrink.distillation.students.cutting import Made, can_cut, cut, sketch
 from hfshrink.distillation.students.depth import kept_layers, refuse_compressed
 from hfshrink.distillation.students.families import fresh_student
 from hfshrink.distillation.students.importance import measure_importance
-from hfshrink.distillation.students.width import layer_blocks, student_widths, widths_of
+from hfshrink.distillation.students.width import student_widths, widths_of
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.loading import infer_task, load
 from hfshrink.measurement import Measurement
@@ -67,7 +68,7 @@ def make_student(
 
     Args:
         teacher: A model, a folder or a Hub id. Depth needs a family with one stack of equal layers (BERT, RoBERTa,
-            DistilBERT, ELECTRA, Llama, GPT-2, ViT, …), width one whose layers are in `width.BLOCKS`.
+            DistilBERT, ELECTRA, Llama, GPT-2, ViT, …), width one whose layers are in `hfshrink.blocks.BLOCKS`.
         num_layers: Layers to keep, from 1 to the teacher's number; with `architecture` the layers of its config.
         layers: The layers to keep by number, in their order in the student, instead of `num_layers`.
         keep: Which layers stay: `"spread"` evenly, the first and the last among them, `"first"`, `"last"` or

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfshrink.distillation.students.width import block_boxes, input_axis, layer_blocks, widths_of
+from hfshrink.blocks import input_axis, layer_blocks
+from hfshrink.distillation.students.width import block_boxes, widths_of
 from hfshrink.errors import UnsupportedModelError
 from hfshrink.modules import layer_stack
 

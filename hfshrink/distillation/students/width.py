@@ -7,74 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
-from hfshrink.errors import SettingError, UnsupportedModelError
+from hfshrink.blocks import SPELLINGS, input_axis, layer_blocks
+from hfshrink.errors import SettingError
 from hfshrink.modules import layer_stack
-
-
-@dataclass(frozen=True)
-class AttentionBlock:
-    """Names of the attention's weights inside a layer; the same name for q, k and v says that they are one weight."""
-
-    q: str
-    k: str
-    v: str
-    o: str
-
-
-@dataclass(frozen=True)
-class FeedForwardBlock:
-    """Names of the feed-forward weights inside a layer: into the neurons (`ups`), and out of them (`down`)."""
-
-    ups: tuple[str, ...]
-    down: str
-
-
-BLOCKS: dict[str, tuple[AttentionBlock, FeedForwardBlock]] = {
-    "BERT, RoBERTa, ELECTRA": (
-        AttentionBlock("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
-        FeedForwardBlock(("intermediate.dense",), "output.dense"),
-    ),
-    "DeBERTa-v2": (
-        AttentionBlock(
-            "attention.self.query_proj",
-            "attention.self.key_proj",
-            "attention.self.value_proj",
-            "attention.output.dense",
-        ),
-        FeedForwardBlock(("intermediate.dense",), "output.dense"),
-    ),
-    "DistilBERT": (
-        AttentionBlock("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
-        FeedForwardBlock(("ffn.lin1",), "ffn.lin2"),
-    ),
-    "Llama, Mistral, Qwen, Gemma": (
-        AttentionBlock("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-        FeedForwardBlock(("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
-    ),
-    "GPT-2": (
-        AttentionBlock("attn.c_attn", "attn.c_attn", "attn.c_attn", "attn.c_proj"),
-        FeedForwardBlock(("mlp.c_fc",), "mlp.c_proj"),
-    ),
-    "OPT": (
-        AttentionBlock("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
-        FeedForwardBlock(("fc1",), "fc2"),
-    ),
-    "ViT, DeiT, DINOv2": (
-        AttentionBlock("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj"),
-        FeedForwardBlock(("mlp.fc1",), "mlp.fc2"),
-    ),
-}
-"""Title -> the weights of a layer. A row fits a model whose layers have exactly these weights of two axes and more."""
-
-SPELLINGS = {
-    "hidden_size": ("hidden_size", "dim", "n_embd"),
-    "intermediate_size": ("intermediate_size", "hidden_dim", "n_inner", "ffn_dim"),
-    "num_attention_heads": ("num_attention_heads", "n_heads", "n_head"),
-    "num_key_value_heads": ("num_key_value_heads",),
-}
-"""Width -> how the families' configs spell it."""
 
 FOLLOWERS = ("embedding_size", "pooler_hidden_size", "pooler_output_size", "word_embed_proj_dim")
 """Config entries that go along with `hidden_size` where they equal it."""
@@ -96,29 +31,6 @@ class Widths:
         if self.num_key_value_heads != self.num_attention_heads:
             named["num_key_value_heads"] = self.num_key_value_heads
         return named
-
-
-def layer_blocks(model: Any) -> tuple[AttentionBlock, FeedForwardBlock]:
-    """The row of `BLOCKS` that fits all layers of a model.
-
-    Raises:
-        UnsupportedModelError: None does.
-    """
-    _, layers = layer_stack(model)
-    owners = [_owners(layer) for layer in layers]
-    for attention, feed_forward in BLOCKS.values():
-        expected = {attention.q, attention.k, attention.v, attention.o, *feed_forward.ups, feed_forward.down}
-        if all(found == expected for found in owners):
-            return attention, feed_forward
-    raise UnsupportedModelError(
-        f"The widths of the family {model.config.model_type!r} can't be cut: its layers have the weights "
-        f"{', '.join(sorted(set().union(*owners)))}, expected those of {'; '.join(BLOCKS)} in each. Drop layers of it "
-        "(num_layers=), or start a fresh student with architecture=."
-    )
-
-
-def _owners(layer: nn.Module) -> set[str]:
-    return {name.rpartition(".")[0] for name, weight in layer.named_parameters() if weight.ndim > 1}
 
 
 def block_boxes(model: Any) -> tuple[str, ...]:
@@ -238,8 +150,3 @@ def set_widths(config: Any, widths: Widths) -> None:
     for name in FOLLOWERS:
         if getattr(config, name, None) == old:
             setattr(config, name, widths.hidden_size)
-
-
-def input_axis(module: nn.Module) -> int:
-    """The axis of a weight that meets the input: 1 in a Linear (out, in), 0 in GPT-2's Conv1D (in, out)."""
-    return 1 if isinstance(module, nn.Linear) else 0

@@ -1,0 +1,1 @@
+"""Pruning: gradual in the Trainer, one-shot, and cut for real."""
