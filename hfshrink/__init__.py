@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "AttentionLoss": "distillation",
     "CompressionReport": "record",
+    "CompressionTrainer": "trainer",
     "CrossTokenizerLoss": "distillation",
     "DecoupledLoss": "distillation",
     "DeepToShallowLoss": "distillation",
@@ -24,6 +25,9 @@ _HOMES = {
     "HiddenLoss": "distillation",
     "LogitLoss": "distillation",
     "OnPolicy": "distillation",
+    "Pruning": "pruning",
+    "PruningMixin": "pruning",
+    "PruningTrainer": "pruning",
     "RelationLoss": "distillation",
     "augment": "distillation",
     "cache_teacher": "distillation",
@@ -34,12 +38,15 @@ _HOMES = {
     "generate_texts": "distillation",
     "load": "loading",
     "make_student": "distillation",
+    "measure_sensitivity": "sensitivity",
     "model_card": "cards",
     "mutate_texts": "distillation",
     "profile": "evaluation",
+    "prune": "pruning",
     "quantize": "quantization",
     "report": "record",
     "to_dense": "checkpoint",
+    "trim_vocabulary": "pruning",
 }
 
 __all__ = sorted(_HOMES)

@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.layers import LAYER_KINDS, CompressedLayer, ResizedLinear, empty_layer
+from hfshrink.layers import LAYER_KINDS, CompressedLayer, LowRankLinear, check_split, empty_layer, fit_heads
 from hfshrink.measurement import Measurement
 from hfshrink.modules import count_parameters, replace_module
 from hfshrink.record import StepRecord, append_step, config_of
@@ -96,6 +96,7 @@ class HfshrinkQuantizer(HfQuantizer):
             dense, layer = modules[name], _empty(name, spec)
             _check_place(name, dense, layer, model, CheckpointError)
             replace_module(model, name, layer.to(dense.weight.dtype))
+        fit_heads(model)
         self.quantization_config.layers = found
         return model
 
@@ -114,6 +115,7 @@ class HfshrinkQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         for name, layer in compressed_layers(model).items():
             replace_module(model, name, layer.to_dense().to(dtype))
+        fit_heads(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -136,7 +138,7 @@ def layer_map(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def set_layers(model: Any, layers: Mapping[str, CompressedLayer]) -> None:
-    """Put compressed layers in the places of a model's Linears, and write the layer map into its config.
+    """Put compressed layers in the places of a model's dense ones, and write the layer map into its config.
 
     Layers that are already compressed may be replaced; all others stay and stay in the map. Nothing is changed when it
     raises.
@@ -146,8 +148,8 @@ def set_layers(model: Any, layers: Mapping[str, CompressedLayer]) -> None:
         layers: Module name -> the compressed layer to put there.
 
     Raises:
-        SettingError: The model is quantized by other means, or a layer does not fit its place: no such module, no
-            Linear, another size, or a weight that is tied to an embedding.
+        SettingError: The model is quantized by other means, or a layer does not fit its place: no such module, one of
+            another class or size, or a weight that is tied to an embedding.
 
     Example:
         >>> import torch
@@ -160,7 +162,6 @@ def set_layers(model: Any, layers: Mapping[str, CompressedLayer]) -> None:
         >>> layer_map(model)[name]["out_features"]
         6
     """
-    config = config_of(model)
     check_free_slot(model)
     modules = dict(model.named_modules())
     for name, layer in layers.items():
@@ -169,7 +170,17 @@ def set_layers(model: Any, layers: Mapping[str, CompressedLayer]) -> None:
         _check_place(name, modules[name], layer, model, SettingError)
     for name, layer in layers.items():
         replace_module(model, name, layer)
-    config.quantization_config = HfshrinkConfig(layer_map(model))
+    fit_heads(model)
+    write_map(model)
+
+
+def write_map(model: Any) -> None:
+    """Write the map of the compressed layers that a model has now into its config; without any, none stays there."""
+    layers = layer_map(model)
+    if layers:
+        config_of(model).quantization_config = HfshrinkConfig(layers)
+    else:
+        _drop_quantizer(model)
 
 
 def check_free_slot(model: Any) -> None:
@@ -185,7 +196,7 @@ def check_free_slot(model: Any) -> None:
 
 
 def to_dense(model: Any) -> Any:
-    """Turn all compressed layers into plain Linears, so that any program with transformers can load the saved model.
+    """Turn all compressed layers into plain ones, so that any program with transformers can load the saved model.
 
     The model has its dense size again; what was removed is zero. Values change by the rounding of one product at most.
 
@@ -221,8 +232,9 @@ def to_dense(model: Any) -> Any:
         return model
     before = _count(model)
     dense = {name: layer.to_dense() for name, layer in layers.items()}
-    for name, linear in dense.items():
-        replace_module(model, name, linear)
+    for name, plain in dense.items():
+        replace_module(model, name, plain)
+    fit_heads(model)
     _drop_quantizer(model)
     step = StepRecord(
         technique="to_dense",
@@ -273,9 +285,12 @@ def _check_place(name: str, old: nn.Module, layer: Any, model: Any, error: type[
     compressed: Any = tuple(LAYER_KINDS.values())
     if not isinstance(layer, compressed):
         raise error(f"Expected a layer of kind {', '.join(LAYER_KINDS)} for {name}, got {type(layer).__name__}.")
-    if not isinstance(old, (nn.Linear, *compressed)):
-        raise error(f"Only a Linear can be replaced by a {type(layer).__name__}, got {type(old).__name__} ({name}).")
-    shape = old.dense_shape if isinstance(old, compressed) else (old.out_features, old.in_features)
+    if not issubclass(getattr(old, "replaces", type(old)), layer.replaces):
+        raise error(
+            f"Only a {layer.replaces.__name__} can be replaced by a {type(layer).__name__}, "
+            f"got {type(old).__name__} ({name})."
+        )
+    shape = old.dense_shape if isinstance(old, compressed) else getattr(old.weight, "shape", ())
     if tuple(layer.dense_shape) != tuple(shape):
         raise error(
             f"A {type(layer).__name__} for a weight of shape {tuple(layer.dense_shape)} can't replace one of shape "
@@ -286,6 +301,11 @@ def _check_place(name: str, old: nn.Module, layer: Any, model: Any, error: type[
             f"The {type(layer).__name__} for {name} has {'no' if layer.bias is None else 'a'} bias, the "
             f"{type(old).__name__} there has {'none' if old.bias is None else 'one'}."
         )
+    parent, _, child = name.rpartition(".")
+    try:
+        check_split(model.get_submodule(parent), child, layer)
+    except SettingError as problem:
+        raise error(f"{problem} ({name})") from None
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if f"{name}.weight" in {*tied, *tied.values()}:
         raise error(
@@ -303,7 +323,7 @@ def _check_loaded(name: str, layer: CompressedLayer) -> None:
         raise CheckpointError(
             f"The checkpoint has no fitting {', '.join(missing)} for {name}: it is half-written or foreign."
         )
-    if isinstance(layer, ResizedLinear):
+    if not isinstance(layer, LowRankLinear):
         try:
             layer.kept()
         except CheckpointError as error:

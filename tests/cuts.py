@@ -1,11 +1,16 @@
-"""Compressed layers for tiny models: low-rank ones anywhere, and Linears cut so that heads and FFN neurons go."""
+"""Compressed layers for tiny models: low-rank ones anywhere, and weights cut so that heads and FFN neurons go."""
 
 from __future__ import annotations
+
+import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hfshrink.layers import CompressedLayer, LowRankLinear, ResizedLinear
+from hfshrink.layers import CompressedLayer, LowRankLinear, ResizedConv1D, ResizedLinear
+from hfshrink.pruning.cutting import cut_units
+from hfshrink.pruning.units import find_units, mask_units
 
 HEAD_DIM = 4
 """hidden 16 / 4 heads in all of `tiny.CONFIGS`."""
@@ -101,4 +106,50 @@ def head(network: nn.Module) -> str:
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
-MAKERS = {"low_rank": low_rank, "resized": resized}
+def resized_conv1d(network: nn.Module, family: str = "gpt2") -> dict[str, CompressedLayer]:
+    """GPT-2 without two of four heads and 13 of 64 neurons in layer 0, and one neuron less in layer 1."""
+    assert family == "gpt2"
+    stack = "transformer.h"
+    heads = units([0, 3], HEAD_DIM)
+    fused = torch.cat([heads + 16 * part for part in range(3)])
+    kept = {f"{stack}.0.attn.c_attn": {"outputs": fused}, f"{stack}.0.attn.c_proj": {"inputs": heads}}
+    for layer, neurons in ((0, torch.arange(13, 64)), (1, torch.arange(63))):
+        kept[f"{stack}.{layer}.mlp.c_fc"] = {"outputs": neurons}
+        kept[f"{stack}.{layer}.mlp.c_proj"] = {"inputs": neurons}
+    return {name: ResizedConv1D.from_dense(network.get_submodule(name), **index) for name, index in kept.items()}
+
+
+MAKERS = {"low_rank": low_rank, "resized": resized, "resized_conv1d": resized_conv1d}
+
+
+def uneven_units(network: nn.Module, structure: str = "heads+neurons") -> dict[str, Tensor]:
+    """Group -> units that stay: other ones, and other numbers, in each layer."""
+    kept = {}
+    for number, group in enumerate(find_units(network, structure)):
+        mask = torch.arange(group.units) % 3 != number % 3
+        mask[1] = group.units == 2 or mask[1]
+        if group.structure == "heads" and number > 1:
+            mask[:] = True
+        kept[group.name] = mask
+    return kept
+
+
+def even_units(network: nn.Module, structure: str) -> dict[str, Tensor]:
+    """Group -> half of the units, the even or odd ones: as many in each layer."""
+    groups = find_units(network, structure)
+    return {group.name: torch.arange(group.units) % 2 == number % 2 for number, group in enumerate(groups)}
+
+
+def masked(network: nn.Module, structure: str, kept: dict[str, Tensor]) -> Any:
+    """A copy with zeros where the units that go are read."""
+    network = copy.deepcopy(network)
+    for group in find_units(network, structure):
+        mask_units(network, group, kept[group.name])
+    return network
+
+
+def cut(network: nn.Module, structure: str, kept: dict[str, Tensor]) -> Any:
+    """A copy without the units that go."""
+    network = copy.deepcopy(network)
+    cut_units(network, find_units(network, structure), kept)
+    return network

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data": {"errors", "labels", "modules", "record", "terminal"},
     "calibration": {"data", "errors", "loading", "modules", "record"},
     "checkpoint": {"errors", "layers", "loading", "measurement", "modules", "record", "saving"},
-    "sensitivity": {"calibration", "data", "errors", "inputs", "loading", "modules", "record", "terminal"},
+    "sensitivity": {"calibration", "data", "errors", "inputs", "labels", "loading", "modules", "record", "terminal"},
     "evaluation": GROUND - {"blocks", "calibration", "layers", "checkpoint", "sensitivity"},
     "distillation": GROUND | {"evaluation"},
     "pruning": GROUND | {"evaluation"},
@@ -73,6 +73,7 @@ def test_public_names():
     assert hfshrink.__all__ == [
         "AttentionLoss",
         "CompressionReport",
+        "CompressionTrainer",
         "CrossTokenizerLoss",
         "DecoupledLoss",
         "DeepToShallowLoss",
@@ -83,6 +84,9 @@ def test_public_names():
         "HiddenLoss",
         "LogitLoss",
         "OnPolicy",
+        "Pruning",
+        "PruningMixin",
+        "PruningTrainer",
         "RelationLoss",
         "augment",
         "cache_teacher",
@@ -93,12 +97,15 @@ def test_public_names():
         "generate_texts",
         "load",
         "make_student",
+        "measure_sensitivity",
         "model_card",
         "mutate_texts",
         "profile",
+        "prune",
         "quantize",
         "report",
         "to_dense",
+        "trim_vocabulary",
     ]
     assert all(callable(getattr(hfshrink, name)) for name in hfshrink.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'shrink_everything'"):
@@ -108,7 +115,7 @@ def test_public_names():
 def test_no_public_name_is_a_submodules_name():
     modules = {name.rpartition(".")[2] for _, name, _ in pkgutil.walk_packages([str(ROOT)], "hfshrink.")}
     public = set(hfshrink.__all__)
-    for room in ("distillation", "evaluation", "quantization", "cards", "layers"):
+    for room in ("distillation", "evaluation", "pruning", "quantization", "cards", "layers"):
         public |= set(import_module(f"hfshrink.{room}").__all__)
     assert not modules & public
 

@@ -23,7 +23,7 @@ import tiny
 from hfshrink import checkpoint
 from hfshrink.checkpoint import HfshrinkConfig, layer_map, set_layers, to_dense
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.layers import LowRankLinear, ResizedLinear
+from hfshrink.layers import LowRankLinear, ResizedConv1D, ResizedLinear
 from hfshrink.loading import load
 from hfshrink.record import report
 from hfshrink.saving import save_aside
@@ -84,13 +84,37 @@ class TestSetLayers:
             ({"bert.encoder": good}, "Only a Linear can be replaced by a LowRankLinear, got BertEncoder"),
             ({"bert.pooler.dense": wide}, r"\(24, 16\) can't replace one of shape \(16, 16\) \(bert.pooler.dense\)"),
             ({"bert.pooler.dense": bare}, "for bert.pooler.dense has no bias, the Linear there has one"),
-            ({"bert.pooler.dense": nn.Linear(16, 16)}, "Expected a layer of kind low_rank, resized .* got Linear"),
+            ({"bert.pooler.dense": nn.Linear(16, 16)}, "Expected a layer of kind low_rank, resized, .* got Linear"),
         ):
             with pytest.raises(SettingError, match=match):
                 set_layers(network, {QUERY: good, **bad})
             assert layer_map(network) == {}
         with pytest.raises(SettingError, match="Expected a transformers model"):
             set_layers(nn.Linear(2, 2), {})
+
+    def test_each_kind_has_its_class(self) -> None:
+        network = tiny.model("gpt2")
+        name = "transformer.h.0.mlp.c_fc"
+        conv = network.get_submodule(name)
+        with pytest.raises(SettingError, match=r"Only a Linear can be replaced by a LowRankLinear, got Conv1D"):
+            set_layers(
+                network, {name: LowRankLinear.from_dense(nn.Linear(64, 16), torch.ones(16, 1), conv.weight[:1])}
+            )
+        cut = ResizedConv1D.from_dense(conv, outputs=torch.arange(60))
+        set_layers(network, {name: cut})
+        set_layers(network, {name: ResizedConv1D.from_dense(cut, outputs=torch.arange(50))})
+        assert layer_map(network)[name]["nf"] == 50
+        bert = tiny.model("bert")
+        with pytest.raises(SettingError, match=r"Only a Conv1D can be replaced by a ResizedConv1D, got Linear"):
+            set_layers(bert, {QUERY: ResizedConv1D.from_dense(conv, outputs=torch.arange(5))})
+
+    def test_fused_parts_keep_the_same(self) -> None:
+        network = tiny.model("gpt2")
+        name = "transformer.h.0.attn.c_attn"
+        layer = ResizedConv1D.from_dense(network.get_submodule(name), outputs=torch.arange(24))
+        with pytest.raises(SettingError, match=rf"24 of 48 outputs are not the same in each part. \({name}\)"):
+            set_layers(network, {name: layer})
+        assert layer_map(network) == {}
 
     def test_tied_weights_stay(self) -> None:
         network = tiny.model("gpt2")

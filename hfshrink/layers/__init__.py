@@ -1,7 +1,23 @@
 """Compressed layers: made `from_dense`, described by a `spec`, built `empty` from it, turned back `to_dense`."""
 
+from hfshrink.layers.attention import check_split, fit_heads, scale_heads
 from hfshrink.layers.kinds import LAYER_KINDS, CompressedLayer, empty_layer
 from hfshrink.layers.low_rank import LowRankLinear
 from hfshrink.layers.resized import ResizedLinear
+from hfshrink.layers.resized_conv import ResizedConv2d
+from hfshrink.layers.resized_conv1d import ResizedConv1D
+from hfshrink.layers.resized_norm import ResizedBatchNorm2d
 
-__all__ = ["LAYER_KINDS", "CompressedLayer", "LowRankLinear", "ResizedLinear", "empty_layer"]
+__all__ = [
+    "LAYER_KINDS",
+    "CompressedLayer",
+    "LowRankLinear",
+    "ResizedBatchNorm2d",
+    "ResizedConv1D",
+    "ResizedConv2d",
+    "ResizedLinear",
+    "check_split",
+    "empty_layer",
+    "fit_heads",
+    "scale_heads",
+]

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfshrink.errors import CheckpointError
+from hfshrink.errors import CheckpointError, SettingError
 
 MAX_SIZE = 2**31
 """Largest size in features or rank that a spec may claim."""
+
+INDEX_DTYPE = torch.int32  # casting a model touches floats only, so indices stay exact
 
 
 def read_spec(spec: Mapping[str, Any], kind: str, sizes: tuple[str, ...]) -> list[int]:
@@ -59,3 +61,22 @@ def copied(parameter: Tensor | None, index: Tensor | None = None) -> nn.Paramete
     values = parameter.detach()
     values = values.clone() if index is None else values[index]
     return nn.Parameter(values.contiguous(), requires_grad=parameter.requires_grad)
+
+
+def checked_index(index: Tensor | None, size: int, name: str) -> Tensor:
+    """`index` as int64 after checking it; all of 0..size-1 for None."""
+    if index is None:
+        return torch.arange(size)
+    if not isinstance(index, Tensor) or index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        what = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise SettingError(
+            f"{name} must be a 1-D tensor of integers, got {what}. From a mask: mask.nonzero().flatten()."
+        )
+    index = index.long()
+    if len(index) == 0:
+        raise SettingError(f"{name} is empty; at least one of {size} must stay.")
+    if int(index.min()) < 0 or int(index.max()) >= size:
+        raise SettingError(f"{name} must lie in 0..{size - 1}, got {int(index.min())}..{int(index.max())}.")
+    if bool((index.diff() <= 0).any()):
+        raise SettingError(f"{name} must rise without repeats, got {index[:8].tolist()}. Use torch.unique(…).")
+    return index

@@ -7,14 +7,21 @@ from typing import Any
 from hfshrink.errors import CheckpointError
 from hfshrink.layers.low_rank import LowRankLinear
 from hfshrink.layers.resized import ResizedLinear
+from hfshrink.layers.resized_conv import ResizedConv2d
+from hfshrink.layers.resized_conv1d import ResizedConv1D
+from hfshrink.layers.resized_norm import ResizedBatchNorm2d
 
-CompressedLayer = LowRankLinear | ResizedLinear
+CompressedLayer = LowRankLinear | ResizedLinear | ResizedConv1D | ResizedConv2d | ResizedBatchNorm2d
 
-LAYER_KINDS: dict[str, type[LowRankLinear] | type[ResizedLinear]] = {
+LAYER_KINDS: dict[str, type[CompressedLayer]] = {
     "low_rank": LowRankLinear,
     "resized": ResizedLinear,
+    "resized_conv1d": ResizedConv1D,
+    "resized_conv2d": ResizedConv2d,
+    "resized_batch_norm2d": ResizedBatchNorm2d,
 }
-"""kind in a spec -> the class of the layer."""
+"""kind in a spec -> the class of the layer. A class names its `kind`, and in `replaces` the dense class it stands for;
+`dense_shape` is the shape of that one's `weight`. All but the low-rank ones check their indices in `kept()`."""
 
 
 def empty_layer(spec: Any) -> CompressedLayer:

@@ -32,6 +32,7 @@ class LowRankLinear(nn.Module):
     """
 
     kind = "low_rank"
+    replaces: type[nn.Module] = nn.Linear
     weight: nn.Parameter
     up: nn.Parameter
     bias: nn.Parameter | None

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.layers.common import copied, dense_linear, read_spec
-
-INDEX_DTYPE = torch.int32  # casting a model touches floats only, so indices stay exact
+from hfshrink.layers.common import INDEX_DTYPE, checked_index, copied, dense_linear, read_spec
 
 
 class ResizedLinear(nn.Linear):
@@ -35,6 +33,7 @@ class ResizedLinear(nn.Linear):
     """
 
     kind = "resized"
+    replaces: type[nn.Module] = nn.Linear
     kept_rows: Tensor | None
     kept_columns: Tensor | None
 
@@ -76,8 +75,8 @@ class ResizedLinear(nn.Linear):
         """
         device = linear.weight.device
         out_features, in_features = linear.weight.shape
-        rows = _checked(rows, out_features, "rows").to(device)
-        columns = _checked(columns, in_features, "columns").to(device)
+        rows = checked_index(rows, out_features, "rows").to(device)
+        columns = checked_index(columns, in_features, "columns").to(device)
         dense_out, dense_in = linear.dense_shape if isinstance(linear, ResizedLinear) else (out_features, in_features)
         if len(rows) == out_features and len(columns) == in_features:
             raise SettingError(
@@ -136,7 +135,7 @@ class ResizedLinear(nn.Linear):
             ("kept_columns", self.kept_columns, self.dense_in_features),
         ):
             try:
-                found.append(_checked(index, dense, name).to(self.weight.device))
+                found.append(checked_index(index, dense, name).to(self.weight.device))
             except SettingError as error:
                 raise CheckpointError(f"The checkpoint is corrupt: {error}") from None
         return found[0], found[1]
@@ -164,22 +163,3 @@ class ResizedLinear(nn.Linear):
         )
         shown = [str(kept) if kept == dense else f"{kept} of {dense}" for kept, dense in sizes]
         return f"in_features={shown[0]}, out_features={shown[1]}, bias={self.bias is not None}"
-
-
-def _checked(index: Tensor | None, size: int, name: str) -> Tensor:
-    """`index` as int64 after checking it; all of 0..size-1 for None."""
-    if index is None:
-        return torch.arange(size)
-    if not isinstance(index, Tensor) or index.ndim != 1 or index.is_floating_point() or index.dtype == torch.bool:
-        what = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise SettingError(
-            f"{name} must be a 1-D tensor of integers, got {what}. From a mask: mask.nonzero().flatten()."
-        )
-    index = index.long()
-    if len(index) == 0:
-        raise SettingError(f"{name} is empty; at least one of {size} must stay.")
-    if int(index.min()) < 0 or int(index.max()) >= size:
-        raise SettingError(f"{name} must lie in 0..{size - 1}, got {int(index.min())}..{int(index.max())}.")
-    if bool((index.diff() <= 0).any()):
-        raise SettingError(f"{name} must rise without repeats, got {index[:8].tolist()}. Use torch.unique(…).")
-    return index

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from hfshrink.blocks import AttentionBlock, FeedForwardBlock, head_size, input_axis, layer_blocks
+from hfshrink.blocks import AttentionBlock, FeedForwardBlock, head_size, layer_blocks
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.modules import layer_stack
 
@@ -56,7 +57,12 @@ class UnitGroup:
 
 
 def find_units(
-    model: nn.Module, structure: str, include: str | Sequence[str] = "*", exclude: str | Sequence[str] = ()
+    model: nn.Module,
+    structure: str,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    *,
+    inputs: Any = None,
 ) -> list[UnitGroup]:
     """The groups of units of a model, in forward order.
 
@@ -66,6 +72,7 @@ def find_units(
             unit.
         include: Wildcards of group names.
         exclude: Wildcards of names to leave out.
+        inputs: For channels of a model without a transformers config: one batch as the model takes it.
 
     Raises:
         SettingError: Unknown structure, or a wildcard that matches no group.
@@ -82,13 +89,14 @@ def find_units(
     if structure == "channels":
         from hfshrink.pruning.channels import channel_groups
 
-        return channel_groups(model, include=include, exclude=exclude)
+        return channel_groups(model, include=include, exclude=exclude, inputs=inputs)
     wanted = structure.split("+")
     groups = [group for group in _block_groups(model) if group.structure in wanted]
-    return _named(groups, [include] if isinstance(include, str) else include, exclude)
+    return named_groups(groups, [include] if isinstance(include, str) else include, exclude)
 
 
-def _named(groups: list[UnitGroup], include: Sequence[str], exclude: str | Sequence[str]) -> list[UnitGroup]:
+def named_groups(groups: list[UnitGroup], include: Sequence[str], exclude: str | Sequence[str]) -> list[UnitGroup]:
+    """The groups whose names match the wildcards; a wildcard without match raises `SettingError`."""
     exclude = [exclude] if isinstance(exclude, str) else exclude
     for pattern in (*include, *exclude):
         if pattern != "*" and not any(fnmatchcase(group.name, pattern) for group in groups):
@@ -165,8 +173,9 @@ def weight_axis(module: Any, side: str) -> int:
         >>> weight_axis(nn.Linear(2, 3), "in"), weight_axis(nn.Conv2d(2, 3, 1), "out")
         (1, 0)
     """
-    inner = 1 if isinstance(module, nn.Conv2d) else input_axis(module)
-    return inner if side == "in" else 1 - inner
+    if isinstance(module, Conv1D):
+        return 0 if side == "in" else 1
+    return 0 if side == "out" or module.weight.ndim == 1 else 1
 
 
 def mask_units(model: nn.Module, group: UnitGroup, kept: Tensor) -> None:
@@ -215,10 +224,12 @@ def used_units(model: nn.Module, group: UnitGroup) -> Tensor:
 
 
 def unit_slices(model: nn.Module, axes: Sequence[UnitAxis]) -> list[Tensor]:
-    """The weights of each unit along some axes: one tensor (units, values) per axis, biases left out."""
+    """The weights of each unit along some axes: one tensor (units, values) per axis, without biases and norms."""
     found = []
     for axis in axes:
         module: Any = model.get_submodule(axis.module)
+        if module.weight.ndim == 1:
+            continue
         weight = module.weight.detach().movedim(weight_axis(module, axis.side), 0).flatten(1)
         found.append(weight[axis.positions.to(weight.device)].flatten(1))
     return found

@@ -1,4 +1,4 @@
-"""What holds for every compressed layer, and what holds for each."""
+"""What holds for every compressed layer of two axes, and what holds for each. Convolutions: `test_resized_conv.py`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import json
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.layers import LAYER_KINDS, CompressedLayer, LowRankLinear, ResizedLinear, empty_layer
+from hfshrink.layers import (
+    LAYER_KINDS,
+    CompressedLayer,
+    LowRankLinear,
+    ResizedConv1D,
+    ResizedLinear,
+    empty_layer,
+)
 
 
 def linear(bias: bool = True) -> nn.Linear:
@@ -25,13 +33,27 @@ def resized(dense: nn.Linear) -> ResizedLinear:
     return ResizedLinear.from_dense(dense, torch.tensor([0, 2, 5]), torch.tensor([1, 3]))
 
 
-MAKERS = {"low_rank": low_rank, "resized": resized}
+def conv1d(bias: bool = True) -> Conv1D:
+    """Weight of shape (4, 6), with other numbers than zero in the bias."""
+    assert bias
+    conv = Conv1D(6, 4)
+    nn.init.normal_(conv.bias)
+    return conv
 
 
-@pytest.fixture(params=[(kind, bias) for kind in LAYER_KINDS for bias in (True, False)], ids=str)
+def resized_conv1d(dense: Conv1D) -> ResizedConv1D:
+    return ResizedConv1D.from_dense(dense, torch.tensor([0, 2, 5]), torch.tensor([1, 3]))
+
+
+MAKERS = {"low_rank": low_rank, "resized": resized, "resized_conv1d": resized_conv1d}
+DENSE = {"low_rank": linear, "resized": linear, "resized_conv1d": conv1d}
+CASES = [("low_rank", True), ("low_rank", False), ("resized", True), ("resized", False), ("resized_conv1d", True)]
+
+
+@pytest.fixture(params=CASES, ids=str)
 def layer(request: pytest.FixtureRequest) -> CompressedLayer:
     kind, bias = request.param
-    return MAKERS[kind](linear(bias))
+    return MAKERS[kind](DENSE[kind](bias))
 
 
 def test_spec_survives_json_and_gives_the_same_shapes(layer: CompressedLayer) -> None:
@@ -47,12 +69,13 @@ def test_spec_survives_json_and_gives_the_same_shapes(layer: CompressedLayer) ->
 def test_key_is_loud(layer: CompressedLayer) -> None:
     """A dense layer refuses the state of a compressed one, for the shape of `weight`."""
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
-        linear(layer.bias is not None).load_state_dict(layer.state_dict(), strict=False)
+        DENSE[layer.kind](layer.bias is not None).load_state_dict(layer.state_dict(), strict=False)
 
 
 def test_dense_shape_and_modes(layer: CompressedLayer) -> None:
-    assert layer.dense_shape == (6, 4)
-    assert layer.to_dense().weight.shape == (6, 4)
+    assert layer.dense_shape == ((4, 6) if layer.replaces is Conv1D else (6, 4))
+    assert type(layer.to_dense()) is layer.replaces
+    assert layer.to_dense().weight.shape == layer.dense_shape
     assert layer.to_dense().training
     assert not layer.eval().to_dense().training
     layer.weight.requires_grad_(False)
@@ -72,8 +95,8 @@ def test_nothing_is_shared_with_the_dense_layer(layer: CompressedLayer) -> None:
 def test_no_random_number_is_drawn() -> None:
     dense = linear()
     factors = torch.randn(6, 2), torch.randn(2, 4)
-    state = torch.get_rng_state()
-    for made in (LowRankLinear.from_dense(dense, *factors), ResizedLinear.from_dense(dense, torch.arange(5))):
+    conv, state = conv1d(), torch.get_rng_state()
+    for made in (LowRankLinear.from_dense(dense, *factors), resized(dense), resized_conv1d(conv)):
         made.to_dense()
     assert torch.equal(state, torch.get_rng_state())
 
@@ -84,7 +107,7 @@ def test_dtype(layer: CompressedLayer, dtype: torch.dtype) -> None:
     assert {p.dtype for p in cast.parameters()} == {dtype}
     assert all(buffer.dtype == torch.int32 for buffer in cast.buffers())
     assert cast.to_dense().weight.dtype == dtype
-    remade = MAKERS[cast.kind](linear().to(dtype))
+    remade = MAKERS[cast.kind](DENSE[cast.kind]().to(dtype))
     assert {p.dtype for p in remade.parameters()} == {dtype}
 
 
@@ -92,7 +115,7 @@ def test_dtype(layer: CompressedLayer, dtype: torch.dtype) -> None:
     ("spec", "match"),
     [
         ("low_rank", "Expected the spec of a layer as a JSON object, got str"),
-        ({"kind": "clustered"}, "Unknown kind of layer 'clustered'; this hfshrink knows low_rank, resized"),
+        ({"kind": "clustered"}, "Unknown kind of layer 'clustered'; this hfshrink knows low_rank, resized, "),
         ({"kind": ["low_rank"]}, "Unknown kind"),
         ({"kind": "low_rank"}, "needs the entries bias, in_features, kind, out_features, rank, got kind"),
         ({"rank": 0}, r"rank must be an integer in 1\.\.2\*\*31, got 0"),
@@ -123,6 +146,22 @@ def test_resized_spec_from_elsewhere(sizes: dict[str, int], match: str) -> None:
     spec = {"kind": "resized", "in_features": 2, "out_features": 3, "dense_in_features": 4, "dense_out_features": 6}
     with pytest.raises(CheckpointError, match=match):
         empty_layer({**spec, "bias": True, **sizes})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"nx": 4, "nf": 6}, r"\(4, 6\) can't be cut to \(4, 6\): .* without a cut the layer stays a Conv1D"),
+        ({"nx": 5}, r"\(4, 6\) can't be cut to \(5, 3\)"),
+        ({"nf": 0}, "nf must be an integer"),
+        ({"bias": False}, "Conv1D always has a bias"),
+        ({"rank": 1}, "needs the entries bias, dense_nf, dense_nx, kind, nf, nx, got"),
+    ],
+)
+def test_resized_conv1d_spec_from_elsewhere(sizes: dict[str, int], match: str) -> None:
+    spec = {"kind": "resized_conv1d", "nx": 2, "nf": 3, "dense_nx": 4, "dense_nf": 6, "bias": True}
+    with pytest.raises(CheckpointError, match=match):
+        empty_layer({**spec, **sizes})
 
 
 class TestLowRankLinear:
@@ -229,4 +268,50 @@ class TestResizedLinear:
         layer = resized(linear())
         layer.kept_rows[2] = 6
         with pytest.raises(CheckpointError, match=r"corrupt: kept_rows must lie in 0\.\.5, got 0\.\.6"):
+            layer.to_dense()
+
+
+class TestResizedConv1D:
+    def test_is_the_resized_linear_of_the_transposed_weight(self) -> None:
+        conv, x = conv1d(), torch.randn(2, 5, 2)
+        flipped = linear()
+        flipped.weight.data, flipped.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
+        one, other = resized_conv1d(conv), resized(flipped)
+        torch.testing.assert_close(one(x), other(x))
+        assert torch.equal(one.to_dense().weight, other.to_dense().weight.T)
+        assert torch.equal(one.to_dense().bias, other.to_dense().bias)
+        assert [index.tolist() for index in one.kept()] == [index.tolist() for index in other.kept()]
+        one(x).square().sum().backward()
+        other(x).square().sum().backward()
+        torch.testing.assert_close(one.weight.grad, other.weight.grad.T)
+
+    def test_shrinking_twice_is_shrinking_once(self) -> None:
+        dense = conv1d()
+        twice = ResizedConv1D.from_dense(resized_conv1d(dense), outputs=torch.tensor([1, 2]))
+        once = ResizedConv1D.from_dense(dense, torch.tensor([2, 5]), torch.tensor([1, 3]))
+        assert twice.spec() == once.spec()
+        assert all(torch.equal(tensor, once.state_dict()[name]) for name, tensor in twice.state_dict().items())
+        assert repr(twice) == "ResizedConv1D(nx=2 of 4, nf=2 of 6)"
+
+    def test_one_side(self) -> None:
+        assert set(dict(ResizedConv1D.from_dense(conv1d(), torch.arange(5)).named_buffers())) == {"kept_outputs"}
+        layer = ResizedConv1D.from_dense(conv1d(), inputs=torch.tensor([3]))
+        assert set(dict(layer.named_buffers())) == {"kept_inputs"}
+
+    @pytest.mark.parametrize(
+        ("outputs", "match"),
+        [
+            (None, r"Nothing is cut: a weight of shape \(4, 6\)"),
+            (torch.tensor([0, 6]), r"outputs must lie in 0\.\.5, got 0\.\.6"),
+            (torch.tensor([2, 1]), "outputs must rise without repeats"),
+        ],
+    )
+    def test_indices(self, outputs: Tensor | None, match: str) -> None:
+        with pytest.raises(SettingError, match=match):
+            ResizedConv1D.from_dense(conv1d(), outputs)
+
+    def test_corrupt_indices(self) -> None:
+        layer = resized_conv1d(conv1d())
+        layer.kept_inputs[1] = 4
+        with pytest.raises(CheckpointError, match=r"corrupt: kept_inputs must lie in 0\.\.3, got 1\.\.4"):
             layer.to_dense()

@@ -26,7 +26,9 @@ def measure_parameters(model: Any) -> Measurement:
 
 
 def record_distillation(trainer: Any, before: Measurement, seconds: float) -> None:
-    """Append the step of a `DistillationMixin` trainer that has just trained."""
+    """Append the step of a `DistillationMixin` trainer that has just trained; without losses nothing was distilled."""
+    if not trainer.losses:
+        return
     losses = {loss.name: _settings_of(loss) for loss in trainer.losses}
     names = [model_name(model) for model in trainer.teachers.models] if trainer.teachers is not None else []
     own_average = trainer.ema_decay is not None
