@@ -92,7 +92,7 @@ def run(arm, rate, seed):
         if arm.pruning is not None:
             how["pruning"] = Pruning(**arm.pruning)
         transformers.set_seed(seed)
-        model = fit(copy.deepcopy(teacher), rows, subject, seed, rate, arm.epochs * EPOCH, **how)
+        model = fit(copy.deepcopy(teacher).requires_grad_(True), rows, subject, seed, rate, arm.epochs * EPOCH, **how)
         model.save_pretrained(folder / "model")
         sparsity = [step.results["sparsity"] for step in hfshrink.report(model).steps if step.technique == "prune"]
         facts = {"rate": rate, "steps": arm.epochs * EPOCH, "seed": seed, "sparsity": sparsity}

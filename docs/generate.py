@@ -11,6 +11,7 @@ import hfshrink
 from hfshrink.terminal import table
 
 ROOT = Path(__file__).resolve().parent.parent
+PRUNING = ("pruning", "pruning_oneshot", "pruning_language", "pruning_channels", "pruning_overhead")
 
 
 def api_page() -> str:
@@ -67,12 +68,13 @@ def difference(interval: list[float], points: bool) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def with_table(path: Path, name: str, text: str) -> str:
-    """A page with what stands between the markers of `name` taken from the results."""
+def with_tables(path: Path, texts: dict[str, str]) -> str:
+    """A page with what stands between the markers of each name taken from the results."""
     page = path.read_text(encoding="utf-8")
-    return re.sub(
-        rf"(<!-- {name}:.*?-->\n).*?(<!-- end -->)", lambda m: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL
-    )
+    for name, text in texts.items():
+        marked = rf"(<!-- {name}:.*?-->\n).*?(<!-- end -->)"
+        page = re.sub(marked, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
+    return page
 
 
 def main() -> None:
@@ -80,11 +82,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme, guide = ROOT / "README.md", ROOT / "docs" / "distillation.md"
+    readme, guide, pruning = ROOT / "README.md", ROOT / "docs" / "distillation.md", ROOT / "docs" / "pruning.md"
     pages = {
         ROOT / "docs" / "api.md": api_page(),
-        readme: with_table(readme, "main_job", results("main_job")),
-        guide: with_table(guide, "distillation", distillation_summary()),
+        readme: with_tables(readme, {"main_job": results("main_job")}),
+        guide: with_tables(guide, {"distillation": distillation_summary()}),
+        pruning: with_tables(pruning, {name: results(name) for name in PRUNING}),
     }
     for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:

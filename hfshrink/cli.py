@@ -108,6 +108,97 @@ def cache_teacher(
     typer.echo(f"{len(kept)} rows; {cache_dir} holds {size:,} bytes, {size / len(kept):,.0f} per row.")
 
 
+@app.command(
+    epilog="Example: hfshrink prune path/to/model small --sparsity 0.4 --structure heads+neurons "
+    "--calibration path/to/rows"
+)
+def prune(
+    model: Model,
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not exist.")],
+    sparsity: Annotated[float | None, typer.Option(help="Share that goes, in [0, 1); left out for N:M.")] = None,
+    structure: Annotated[
+        str,
+        typer.Option(
+            help="unstructured, N:M such as 2:4, heads, neurons, heads+neurons, channels, layers or vocabulary."
+        ),
+    ] = "unstructured",
+    method: Annotated[str | None, typer.Option(help="The best that the data allows, if left out.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Data set: Hub id or folder of save_to_disk. For vocabulary the corpus.")
+    ] = None,
+    calibration_split: Annotated[str, typer.Option(help="Split of that data, where it has several.")] = "train",
+    scope: Annotated[str | None, typer.Option(help="What is ranked together: global, module or row.")] = None,
+    cost: Annotated[str | None, typer.Option(help="What search saves: macs, or latency on this machine.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the method random.")] = 0,
+    zeros_only: Annotated[bool, typer.Option(help="Leave zeros instead of cutting units out.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+) -> None:
+    """Take weights, heads, neurons, channels, layers or tokens out of a model without training it."""
+    from hfshrink.data import read_dataset
+    from hfshrink.loading import load
+    from hfshrink.record import report as read
+    from hfshrink.saving import save_aside
+
+    given = {"sparsity": sparsity, "method": method, "scope": scope, "cost": cost, "zeros_only": zeros_only or None}
+    how = {name: value for name, value in given.items() if value is not None}
+    if structure == "vocabulary" and (how or calibration is None):
+        wrong = ", ".join("--" + name.replace("_", "-") for name in how)
+        raise SettingError(
+            "--structure vocabulary takes the texts in --calibration and none of the other settings"
+            + (f", got {wrong}." if wrong else ".")
+        )
+    with save_aside(output_dir, overwrite) as folder:
+        loaded, processor = load(model)
+        rows = None if calibration is None else read_dataset(calibration, calibration_split)
+        smaller, processor = _pruned(loaded, processor, structure, rows, {**how, "seed": seed})
+        smaller.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    typer.echo(read(output_dir))
+
+
+def _pruned(model: Any, processor: Any, structure: str, rows: Any, how: dict[str, Any]) -> tuple[Any, Any]:
+    """The pruned model and the tokenizer or processor that goes with it."""
+    from hfshrink.pruning import prune as run
+    from hfshrink.pruning import trim_vocabulary
+
+    if structure == "vocabulary":
+        return trim_vocabulary(model, rows, processor)
+    cut = not how.pop("zeros_only", False)
+    return run(model, structure=structure, calibration=rows, cut=cut, **how), processor
+
+
+@app.command(epilog="Example: hfshrink sensitivity path/to/model path/to/rows --structure neurons --plot rises.png")
+def sensitivity(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="Data set with labels: Hub id or folder of save_to_disk.")],
+    structure: Annotated[
+        str, typer.Option(help="unstructured, N:M, heads, neurons, heads+neurons, channels or layers.")
+    ] = "unstructured",
+    method: Annotated[str, typer.Option(help="magnitude or random.")] = "magnitude",
+    split: Annotated[str, typer.Option(help="Split of the data, where it has several.")] = "validation",
+    samples: Annotated[int, typer.Option(help="Rows to measure on.")] = 256,
+    plot: Annotated[Path | None, typer.Option(help="Heat-map to write, .png or .svg.")] = None,
+) -> None:
+    """Measure how far the loss rises when one place of a model after the other is pruned."""
+    from hfshrink.data import read_dataset
+    from hfshrink.errors import require
+    from hfshrink.pruning import perturbation
+    from hfshrink.sensitivity import PLOT_SUFFIXES, measure_sensitivity
+
+    if plot is not None:
+        if plot.suffix.lower() not in PLOT_SUFFIXES or not plot.parent.is_dir():
+            raise SettingError(
+                f"--plot must be a file in a folder that exists, ending in {' or '.join(PLOT_SUFFIXES)}, "
+                f"got {str(plot)!r}."
+            )
+        require("matplotlib", extra="plots")
+    found = measure_sensitivity(model, read_dataset(data, split), perturbation(structure, method), samples=samples)
+    typer.echo(found)
+    if plot is not None:
+        found.plot(plot)
+
+
 @app.command(epilog="Example: hfshrink evaluate ./small stanfordnlp/sst2 --split validation")
 def evaluate(
     model: Model,

@@ -151,7 +151,8 @@ class CompressionReport:
                 for step in self.steps
             ],
         )
-        return "\n\n".join(part for part in (head, steps, comparison_table(self)) if part)
+        notes = [f"{step.technique}: {step.results['note']}" for step in self.steps if step.results.get("note")]
+        return "\n\n".join(part for part in (head, steps, "\n".join(notes), comparison_table(self)) if part)
 
 
 def comparison_table(report: CompressionReport) -> str:

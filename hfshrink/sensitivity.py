@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hfshrink.calibration import batches
-from hfshrink.data import IGNORED, LANGUAGE_TASKS
+from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.errors import SettingError, UnsupportedModelError, require
 from hfshrink.inputs import eval_mode
+from hfshrink.labels import IGNORED
 from hfshrink.loading import infer_task, load
 from hfshrink.terminal import progress, table
 

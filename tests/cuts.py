@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hfshrink.layers import CompressedLayer, LowRankLinear, ResizedConv1D, ResizedLinear
-from hfshrink.pruning.cutting import cut_units
-from hfshrink.pruning.units import find_units, mask_units
+from hfshrink.pruning.units.cutting import cut_units
+from hfshrink.pruning.units.groups import find_units, mask_units
 
 HEAD_DIM = 4
 """hidden 16 / 4 heads in all of `tiny.CONFIGS`."""

@@ -8,7 +8,7 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 import tiny
-from hfshrink import load
+from hfshrink import load, report
 from hfshrink.cli import app
 
 
@@ -24,7 +24,9 @@ def run(*words):
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("command", ["quantize", "distill", "cache-teacher", "evaluate", "report"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "distill", "cache-teacher", "prune", "sensitivity", "evaluate", "report"]
+)
 def test_help_has_an_example(command):
     done = run(command, "--help")
     assert done.exit_code == 0
@@ -64,6 +66,78 @@ def test_cache_teacher_tells_the_bytes_per_row(teacher, tmp_path):
     assert done.exit_code == 0, done.output
     assert "6 rows" in done.stdout
     assert "per row" in done.stdout
+
+
+def test_prune_cuts_by_search_and_saves_the_tokenizer(teacher, tmp_path):
+    words = ["prune", teacher, tmp_path / "small", "--sparsity", 0.4, "--structure", "heads+neurons"]
+    done = run(*words, "--calibration", tmp_path / "rows")
+    assert done.exit_code == 0, done.output
+    assert "search" in done.stdout
+    model, tokenizer = load(tmp_path / "small")
+    assert tokenizer("a good film")["input_ids"] == tiny.tokenizer()("a good film")["input_ids"]
+    assert model.num_parameters() < tiny.model("bert").num_parameters()
+    assert run(*words).exit_code == 1  # not empty
+    assert run(*words, "--overwrite", "--cost", "macs", "--calibration", tmp_path / "rows").exit_code == 0
+
+
+def test_prune_leaves_zeros_where_asked_to(teacher, tmp_path):
+    words = ["prune", teacher, tmp_path / "small", "--sparsity", 0.5, "--structure", "neurons"]
+    done = run(*words, "--method", "random", "--seed", 1, "--scope", "module", "--zeros-only")
+    assert done.exit_code == 0, done.output
+    assert "neither the file nor the latency" in report(tmp_path / "small").steps[-1].results["note"]
+    model, _ = load(tmp_path / "small")
+    assert (model.bert.encoder.layer[0].output.dense.weight == 0).all(dim=0).sum() == 12
+
+
+def test_prune_trims_the_vocabulary_and_saves_the_trimmed_tokenizer(teacher, tmp_path):
+    done = run("prune", teacher, tmp_path / "small", "--structure", "vocabulary", "--calibration", tmp_path / "rows")
+    assert done.exit_code == 0, done.output
+    assert "trim_vocabulary" in done.stdout
+    model, tokenizer = load(tmp_path / "small")
+    assert sorted(tokenizer.get_vocab()) == sorted([*tiny.SPECIAL, "a", "bad", "film", "good"])
+    assert model.config.vocab_size == 9
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sparsity", 50], "For 50 percent give 0.5"),
+        (["--sparsity", 0.5, "--method", "wanda"], "needs data"),
+        (["--sparsity", 0.5, "--calibration", "./nowhere"], "Can't read the data set"),
+        (["--structure", "vocabulary"], "takes the texts in --calibration"),
+        (["--structure", "vocabulary", "--calibration", "rows", "--zeros-only"], "got --zeros-only"),
+    ],
+)
+def test_prune_leaves_nothing_behind_when_it_fails(teacher, tmp_path, words, message):
+    before = sorted(tmp_path.iterdir())
+    done = run("prune", teacher, tmp_path / "small", *words)
+    assert done.exit_code == 1
+    assert message in str(done.exception)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sensitivity_prints_the_table_and_plots(teacher, tmp_path):
+    words = ["sensitivity", teacher, tmp_path / "rows", "--structure", "neurons", "--samples", 4]
+    done = run(*words, "--plot", tmp_path / "rises.png")
+    assert done.exit_code == 0, done.output
+    assert "prune neurons by magnitude, 4 examples" in done.stdout
+    assert "bert.encoder.layer.1.neurons" in done.stdout
+    assert (tmp_path / "rises.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plot", "rises.gif"], "ending in .png or .svg"),
+        (["--plot", "nowhere/rises.png"], "folder that exists"),
+        (["--method", "taylor"], "method must be one of magnitude, random"),
+    ],
+)
+def test_sensitivity_tells_what_is_wrong_before_it_measures(teacher, tmp_path, words, message):
+    done = run("sensitivity", teacher, tmp_path / "rows", *words)
+    assert done.exit_code == 1
+    assert message in str(done.exception)
+    assert not done.stdout
 
 
 def test_errors_are_one_line():

@@ -1,4 +1,4 @@
-"""README's snippets run, and generated pages are up to date."""
+"""Snippets and the example of pruning run, and generated pages are up to date."""
 
 import re
 import subprocess
@@ -12,9 +12,17 @@ import tiny
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def snippets(language):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def snippets(language, page="README.md"):
+    text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run_snippets(page):
+    """Run a page's snippets from top to bottom; their names, and how many there are."""
+    shared, blocks = {}, snippets("python", page)
+    for block in blocks:
+        exec(compile(block, page, "exec"), shared)
+    return shared, len(blocks)
 
 
 @pytest.mark.slow
@@ -23,11 +31,8 @@ def test_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     tiny.model("bert", num_hidden_layers=4).save_pretrained(tmp_path / "path/to/teacher")
     tiny.tokenizer().save_pretrained(tmp_path / "path/to/teacher")
     monkeypatch.chdir(tmp_path)
-    shared = {}
-    blocks = snippets("python")
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), shared)
-    assert len(blocks) == 5
+    shared, number = run_snippets("README.md")
+    assert number == 6
     assert [step.technique for step in shared["report"]("path/to/int8").steps] == [
         "make_student",
         "distill",
@@ -43,6 +48,31 @@ def test_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
             [sys.executable, "-m", "hfshrink.cli", *words[1:]], capture_output=True, text=True, check=True
         )
         assert done.stdout.strip()
+
+
+def test_the_page_on_pruning_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    tiny.model("bert", num_hidden_layers=4).save_pretrained(tmp_path / "path/to/model")
+    tiny.tokenizer().save_pretrained(tmp_path / "path/to/model")
+    monkeypatch.chdir(tmp_path)
+    shared, number = run_snippets("docs/pruning.md")
+    assert number == 7
+    sizes = {name: shared[name].num_parameters() for name in ("dense", "model", "thin", "half", "small", "reader")}
+    assert all(size < sizes["dense"] for name, size in sizes.items() if name != "dense")
+    assert shared["sparse"].num_parameters() == sizes["dense"]
+    assert shared["thin"].config.num_hidden_layers == 2
+    assert shared["thin"].config.intermediate_size == 12
+    assert "prune neurons by magnitude" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_the_example_of_pruning_runs():
+    """On real weights and rows, of which there must be a copy or a package index."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "pruning.py"), "--quick"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy") == 3
 
 
 def test_generated_pages_are_up_to_date():

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from hfshrink.errors import SettingError
 from hfshrink.modules import layer_stack
-from hfshrink.pruning.masks import matrix, prunable
-from hfshrink.pruning.ranking import hidden_in_pattern
-from hfshrink.pruning.scores import magnitude, random_scores, unit_magnitude
-from hfshrink.pruning.settings import check_share, read_pattern
-from hfshrink.pruning.thresholds import check_pattern, keep_largest
-from hfshrink.pruning.units import STRUCTURES, UnitGroup, find_units, mask_units, unit_slices
+from hfshrink.pruning.criteria.ranking import hidden_in_pattern
+from hfshrink.pruning.criteria.scores import magnitude, random_scores, unit_magnitude
+from hfshrink.pruning.criteria.thresholds import check_pattern, keep_largest
+from hfshrink.pruning.training.settings import check_share, read_pattern
+from hfshrink.pruning.units.groups import STRUCTURES, UnitGroup, find_units, mask_units, unit_slices
+from hfshrink.pruning.units.weights import matrix, prunable
 from hfshrink.sensitivity import Perturbation, restored
 
 TRIAL_METHODS = ("magnitude", "random")

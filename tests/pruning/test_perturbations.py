@@ -10,9 +10,9 @@ from torch import nn
 
 import tiny
 from hfshrink.errors import SettingError
-from hfshrink.pruning.masks import matrix
 from hfshrink.pruning.perturbations import perturbation
-from hfshrink.pruning.units import find_units, used_units
+from hfshrink.pruning.units.groups import find_units, used_units
+from hfshrink.pruning.units.weights import matrix
 from hfshrink.sensitivity import measure_sensitivity
 
 CASES = [

@@ -30,12 +30,18 @@ class HiddenLoss:
     pairs). Where the widths differ, the student's states go through a learned matrix: one that all layers share, one
     for the embeddings. PKD (arXiv:1908.09355) is `HiddenLoss(layers="skip", first_token=True, normalize=True)`.
 
+    `layers="nearest"` teaches a student that is being pruned (CoFi, arXiv:2204.00408): four layers of the teacher,
+    evenly spread (`spread_layers`), teach by L = mean_j d(H_S^(m_j) W, H_T^(j)), where m_1 < m_2 < … are the student's
+    layers of least total distance in this very batch (`match_rising`). The match has no gradient, the distances of the
+    chosen layers have. CoFi's W starts as the identity and is learned; here it stays the identity where the widths
+    agree, as heads and neurons leave them, and is the shared learned matrix where they differ.
+
     Attributes:
-        layers: Which student layer matches which teacher layer, see `map_layers`.
+        layers: Which student layer matches which teacher layer: see `map_layers`, or "nearest".
         distance: "mse" (`hidden_mse`) or "cosine" (`cosine_distance`, as in DistilBERT).
         first_token: Compare the first position only, which classifiers of the BERT family read.
         normalize: Scale each state to length 1 first (`normalized_distance`).
-        embeddings: Also compare what enters the first layer; None does so unless `first_token`.
+        embeddings: Also compare what enters the first layer; None does so unless `first_token` or "nearest" is set.
         projection: False refuses models of different widths.
         weight: Factor of this part in the training loss.
         final_weight: The factor at the end of training, linear in between; None keeps it constant.
@@ -48,6 +54,9 @@ class HiddenLoss:
         >>> part = HiddenLoss().prepare(student, teacher)
         >>> [name for name, _ in part.named_parameters()], part.teacher_wants.outputs
         (['layer_projection.weight', 'embedding_projection.weight'], ('encoder.layer.1', 'encoder.layer.3'))
+        >>> part = HiddenLoss(layers="nearest").prepare(teacher, teacher)
+        >>> part.teacher_wants.outputs == tuple(f"encoder.layer.{i}" for i in range(4))
+        True
     """
 
     layers: str | Mapping[int, int] = "uniform"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from hfshrink.errors import SettingError
 
 LAYER_MAPS = ("uniform", "skip", "last")
+NEAREST = "nearest"
+"""Not a fixed map: the pairs are found anew in every batch, by `match_rising`."""
+TAUGHT_LAYERS = 4  # as many of the teacher's as in CoFi
 
 
 def map_layers(student_depth: int, teacher_depth: int, layers: str | Mapping[int, int] = "uniform") -> dict[int, int]:
@@ -40,7 +44,10 @@ def map_layers(student_depth: int, teacher_depth: int, layers: str | Mapping[int
     if not isinstance(layers, str):
         return _explicit(student_depth, teacher_depth, layers)
     if layers not in LAYER_MAPS:
-        raise SettingError(f"layers must be one of {', '.join(LAYER_MAPS)} or a mapping, got {layers!r}.")
+        raise SettingError(
+            f"layers must be one of {', '.join(LAYER_MAPS)} or a mapping, got {layers!r}. "
+            f'Only HiddenLoss takes "{NEAREST}".'
+        )
     if student_depth > teacher_depth:
         raise SettingError(
             f"The student has {student_depth} layers, the teacher only {teacher_depth}: the map {layers!r} needs a "
@@ -56,6 +63,52 @@ def map_layers(student_depth: int, teacher_depth: int, layers: str | Mapping[int
     if layers == "skip":
         return {i: _stretch(i, student_depth, teacher_depth) for i in range(student_depth - 1)}
     return {i: teacher_depth - student_depth + i for i in range(student_depth - 1)}
+
+
+def spread_layers(student_depth: int, teacher_depth: int) -> tuple[int, ...]:
+    """The teacher's layers that teach a student being pruned, evenly spread, with the last (CoFi, arXiv:2204.00408).
+
+    Four of them, which is every third of 12 as in the paper; fewer where a model has fewer layers.
+
+    Args:
+        student_depth: Layers of the student, which may be deeper than its teacher.
+        teacher_depth: Layers of the teacher.
+
+    Example:
+        >>> spread_layers(12, 12), spread_layers(6, 6), spread_layers(3, 12)
+        ((2, 5, 8, 11), (1, 2, 4, 5), (3, 7, 11))
+    """
+    count = min(TAUGHT_LAYERS, student_depth, teacher_depth)
+    return tuple(_stretch(i, count, teacher_depth) for i in range(count))
+
+
+def match_rising(distances: Sequence[Sequence[float]]) -> tuple[int, ...]:
+    """The student's layers m_1 < m_2 < … < m_k of least Σ_j distances[m_j][j], one for each layer of the teacher.
+
+    The order-constrained match of CoFi (arXiv:2204.00408), found exactly by dynamic programming. Of equal sums it
+    takes the lower layers: a layer that passes its input on loses to the one below it, which made that state.
+
+    Args:
+        distances: Of shape (layers of the student, layers of the teacher). Not-a-number, as in a run that diverged,
+            still gives some rising match.
+
+    Raises:
+        SettingError: The student has fewer layers than are to be matched.
+
+    Example:
+        >>> match_rising([[3.0, 0.0], [1.0, 5.0], [4.0, 2.0]])
+        (1, 2)
+    """
+    depth, count = len(distances), len(distances[0])
+    if depth < count:
+        raise SettingError(f"The student has {depth} layers, too few to match {count} layers of the teacher.")
+    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] * depth
+    for j in range(count):  # best[k]: the first j of the teacher's layers, with student layers below j + k
+        ends = [
+            (total + distances[i][j], (*taken, i)) for i, (total, taken) in zip(range(j, depth), best, strict=False)
+        ]
+        best = list(accumulate(ends, min))
+    return best[-1][1]
 
 
 def find_layer(number: int, depth: int, side: str) -> int:

@@ -21,7 +21,7 @@ from hfshrink.distillation.losses.features import (
     normalized_distance,
     relation_loss,
 )
-from hfshrink.distillation.losses.mapping import find_layer, map_layers
+from hfshrink.distillation.losses.mapping import NEAREST, find_layer, map_layers, match_rising, spread_layers
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import random_inputs
 from hfshrink.modules import layer_stack
@@ -35,7 +35,8 @@ class MatchedHidden(nn.Module):
 
     Attributes:
         student_wants: What to record of the student.
-        teacher_wants: What to record of the teacher, in the same order.
+        teacher_wants: What to record of the teacher, in the same order; with `layers="nearest"` any of the student's
+            outputs may be matched with them.
         layer_projection: The student's width -> the teacher's, shared by all layers.
         embedding_projection: The same for the embeddings.
     """
@@ -44,10 +45,12 @@ class MatchedHidden(nn.Module):
         super().__init__()
         self.loss = loss
         (ours, depth), (theirs, teacher_depth) = _stack(student), _stack(teacher)
-        layers = map_layers(depth, teacher_depth, loss.layers)
-        embeddings = not loss.first_token if loss.embeddings is None else loss.embeddings
-        self.student_wants = Wanted(tuple(f"{ours}.{i}" for i in layers), (f"{ours}.0",) * embeddings)
-        self.teacher_wants = Wanted(tuple(f"{theirs}.{j}" for j in layers.values()), (f"{theirs}.0",) * embeddings)
+        self.nearest = loss.layers == NEAREST
+        learners, taught = _layers(loss, depth, teacher_depth)
+        by_default = not (loss.first_token or self.nearest)
+        embeddings = by_default if loss.embeddings is None else loss.embeddings
+        self.student_wants = Wanted(tuple(f"{ours}.{i}" for i in learners), (f"{ours}.0",) * embeddings)
+        self.teacher_wants = Wanted(tuple(f"{theirs}.{j}" for j in taught), (f"{theirs}.0",) * embeddings)
         seen = probe(student, self.student_wants), probe(teacher, self.teacher_wants)
         layer_widths = _widths([side.outputs for side in seen], 3)
         embedding_widths = _widths([side.inputs for side in seen], 3) if embeddings else (0, 0)
@@ -57,16 +60,35 @@ class MatchedHidden(nn.Module):
     def forward(self, student: Any, teacher: Any, **_: Any) -> Tensor:
         """The unweighted loss of one batch; `student` and `teacher` have `.features`."""
         ours, theirs = student.features, teacher.features
-        wants = self.student_wants, self.teacher_wants
         distances = [
             self._compare(ours.outputs[a], theirs.outputs[b], ours.mask, self.layer_projection)
-            for a, b in zip(*(want.outputs for want in wants), strict=True)
+            for a, b in self.pairs(ours, theirs)
         ]
         distances += [
             self._compare(ours.inputs[a], theirs.inputs[b], ours.mask, self.embedding_projection)
-            for a, b in zip(*(want.inputs for want in wants), strict=True)
+            for a, b in zip(self.student_wants.inputs, self.teacher_wants.inputs, strict=True)
         ]
         return torch.stack(distances).mean()
+
+    def pairs(self, student: Features, teacher: Features) -> list[tuple[str, str]]:
+        """(student module, teacher module) of the layers that are matched in this batch."""
+        ours, theirs = self.student_wants.outputs, self.teacher_wants.outputs
+        if self.nearest:
+            ours = tuple(ours[i] for i in match_rising(self._distances(student, teacher)))
+        return list(zip(ours, theirs, strict=True))
+
+    @torch.no_grad()
+    def _distances(self, student: Features, teacher: Features) -> list[list[float]]:
+        """Of every recorded layer of the student from every one of the teacher; inf where no rising match takes it."""
+        ours, theirs = self.student_wants.outputs, self.teacher_wants.outputs
+        above = len(ours) - len(theirs)
+        table = torch.full((len(ours), len(theirs)), torch.inf)
+        table = table.to(student.outputs[ours[0]].device)  # read once: each look at a GPU's number waits for it
+        for i, name in enumerate(ours):
+            projected = self.layer_projection(student.outputs[name].float())
+            for j in range(max(0, i - above), min(i + 1, len(theirs))):
+                table[i, j] = self._compare(projected, teacher.outputs[theirs[j]], student.mask, nn.Identity())
+        return table.tolist()
 
     def _compare(self, ours: Tensor, theirs: Tensor, mask: Tensor | None, projection: nn.Module) -> Tensor:
         check_positions(ours.shape[:2], theirs.shape[:2], mask)
@@ -220,6 +242,14 @@ def check_positions(ours: Iterable[int], theirs: Iterable[int], mask: Tensor | N
             f"The mask of padding is of (batch, sequence) = {tuple(mask.shape)}, the states of {student}; they must "
             "match. A model that adds or merges positions can't be matched position by position."
         )
+
+
+def _layers(loss: Any, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
+    """The student's layers to record, and the teacher's."""
+    if loss.layers == NEAREST:
+        return list(range(depth)), list(spread_layers(depth, teacher_depth))
+    layers = map_layers(depth, teacher_depth, loss.layers)
+    return list(layers), list(layers.values())
 
 
 def _stack(model: nn.Module) -> tuple[str, int]:

@@ -323,9 +323,7 @@ def test_family_without_a_row_is_named():
         intra_bottleneck_size=8,
     )
     teacher = transformers.MobileBertForSequenceClassification(config)
-    with pytest.raises(
-        UnsupportedModelError, match=r"family 'mobilebert' can't be cut: .*layers can be dropped"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"family 'mobilebert' can't be cut: .*layers can be dropped"):
         make_student(teacher, intermediate_size=8)
 
 

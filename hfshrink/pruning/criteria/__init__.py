@@ -1,0 +1,1 @@
+"""What a weight or unit is worth, and which go."""

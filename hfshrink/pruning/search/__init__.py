@@ -1,0 +1,1 @@
+"""Mask search without retraining: costs, search, rearrangement, rescaling."""

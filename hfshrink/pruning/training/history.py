@@ -1,0 +1,56 @@
+"""The step that a pruning adds to the model's record."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from hfshrink.measurement import Measurement
+from hfshrink.modules import count_parameters
+from hfshrink.pruning.training.state import TrainingMasks
+from hfshrink.record import StepRecord, append_step
+
+SOURCES = {
+    "magnitude": "Zhu and Gupta 2017, arXiv:1710.01878",
+    "movement": "Sanh et al. 2020, arXiv:2005.07683",
+    "soft-movement": "Sanh et al. 2020, arXiv:2005.07683",
+    "taylor": "Molchanov et al. 2019, arXiv:1906.10771",
+    "fisher": "Theis et al. 2018, arXiv:1801.05787",
+    "wanda": "Sun et al. 2023, arXiv:2306.11695",
+    "sparsegpt": "Frantar and Alistarh 2023, arXiv:2301.00774",
+}
+TRAINING_SETTINGS = ("num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "seed")
+ZEROS_ONLY = "Zeros in dense tensors: neither the file nor the latency shrinks."
+
+logger = logging.getLogger(__name__)
+
+
+def measure_parameters(model: Any) -> Measurement:
+    """Numbers of a model's parameters, before or after pruning."""
+    parameters, nonzero = count_parameters(model)
+    return Measurement(parameters=parameters, nonzero_parameters=nonzero)
+
+
+def record_training(
+    trainer: Any, masks: TrainingMasks, before: Measurement, changed: list[str], seconds: float
+) -> None:
+    """Append the step of a `PruningMixin` trainer that has just trained, and say in the log what zeros are not."""
+    pruning, after = trainer.pruning, measure_parameters(trainer.model)
+    results: dict[str, Any] = {"sparsity": round(masks.measured(), 6)}
+    if before.parameters == after.parameters:
+        results["note"] = ZEROS_ONLY
+        logger.warning("%s%s", ZEROS_ONLY, " Cut the units out with cut=True." if pruning.is_structured else "")
+    else:
+        results["kept"] = {name: int(kept.sum()) for name, kept in masks.kept().items()}
+    step = StepRecord(
+        technique="prune",
+        method=pruning.method,
+        settings={**pruning.given(), "training": {name: getattr(trainer.args, name) for name in TRAINING_SETTINGS}},
+        before=before,
+        after=after,
+        modules=changed,
+        results=results,
+        seconds=seconds,
+        source=SOURCES.get(pruning.method, ""),
+    )
+    append_step(trainer.model, step)

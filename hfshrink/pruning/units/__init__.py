@@ -1,0 +1,1 @@
+"""Heads, neurons and channels: what writes and reads them, and cutting them out."""

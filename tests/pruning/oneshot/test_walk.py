@@ -1,0 +1,128 @@
+"""The walk's statistics against those of whole forward passes, before and after layers change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.pytorch_utils import Conv1D
+
+import tiny
+from hfshrink.calibration import collect
+from hfshrink.errors import SettingError, UnsupportedModelError
+from hfshrink.pruning.oneshot.walk import input_rows, walk
+from hfshrink.pruning.units.weights import prunable
+
+TRANSFORMERS = [family for family in tiny.CONFIGS if family != "resnet"]
+
+
+def given(family: str) -> list[dict[str, torch.Tensor]]:
+    return [tiny.inputs(family), tiny.inputs(family, batch=2, length=5, seed=1)]
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_each_layer_is_fed_what_the_pruned_layers_before_it_make(family: str) -> None:
+    """After each layer its weights are halved; a full pass of the model at that moment must agree."""
+    network, batches = tiny.model(family), given(family)
+    modules = {name: m for name, m in prunable(network).items() if not isinstance(m, nn.Conv2d)}
+    seen: list[str] = []
+    with torch.no_grad():
+        for stats in walk(network, modules, "input_gram", batches):
+            with collect(network, "input_gram", include=list(stats)) as whole:
+                for batch in batches:
+                    network(**batch)
+            for name, found in stats.items():
+                assert found.tokens == whole[name].tokens
+                torch.testing.assert_close(found.input_gram, whole[name].input_gram, rtol=1e-5, atol=1e-4)
+                modules[name].weight.mul_(0.5)
+            seen += stats
+    assert sorted(seen) == sorted(modules)
+    assert len(seen) == len(set(seen)) >= 8
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in network.modules())
+
+
+def test_squares_are_the_diagonal() -> None:
+    network = tiny.model("bert")
+    modules = prunable(network)
+    with torch.no_grad():
+        grams = {k: v for stats in walk(network, modules, "input_gram", given("bert")) for k, v in stats.items()}
+        squares = {k: v for stats in walk(network, modules, "input_square", given("bert")) for k, v in stats.items()}
+    for name, found in grams.items():
+        torch.testing.assert_close(squares[name].input_square, found.input_gram.diagonal())
+
+
+def test_padding_does_not_count() -> None:
+    network, batch = tiny.model("bert"), tiny.inputs("bert")
+    other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 9, batch["input_ids"])}
+    names = [name for name in prunable(network) if "layer.1" in name]
+    found = []
+    for one in (batch, other):
+        with torch.no_grad():
+            stats = next(walk(network, {n: network.get_submodule(n) for n in names}, "input_gram", [one]))
+        assert list(stats) == names
+        assert {stat.tokens for stat in stats.values()} == {18}
+        found.append(stats[names[0]].input_gram)
+    torch.testing.assert_close(*found)
+
+
+def test_modules_with_one_input_do_not_share_one_tensor() -> None:
+    network = tiny.model("bert")
+    with torch.no_grad():
+        stats = next(walk(network, prunable(network), "input_gram", given("bert")))
+    query, key = (stats[f"bert.encoder.layer.0.attention.self.{name}"].input_gram for name in ("query", "key"))
+    assert torch.equal(query, key)
+    assert query is not key
+
+
+def test_a_model_without_a_stack_is_counted_as_a_whole() -> None:
+    network, batch = tiny.model("resnet"), tiny.inputs("resnet")
+    modules = prunable(network)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda _, args, out, name=name: inputs.update({name: (args[0], out)}))
+    with torch.no_grad():
+        [stats] = walk(network, modules, "input_gram", [batch])
+    for name, module in modules.items():
+        x, out = inputs[name]
+        rows = input_rows(module, x)
+        places = out - (0 if module.bias is None else module.bias[:, None, None])
+        torch.testing.assert_close(rows @ module.weight.flatten(1).T, places.flatten(2).transpose(1, 2).flatten(0, 1))
+        torch.testing.assert_close(stats[name].input_gram, rows.double().T @ rows.double())
+        assert stats[name].tokens == len(rows)
+
+
+def test_rows() -> None:
+    x, valid = torch.randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    assert torch.equal(input_rows(nn.Linear(4, 1), x, valid), torch.stack([x[0, 0], x[0, 1], x[1, 0]]))
+    assert input_rows(Conv1D(2, 4), x).shape == (6, 4)
+    assert input_rows(nn.Linear(4, 1), x[:, 0], valid).shape == (2, 4)
+
+
+def test_errors() -> None:
+    network = tiny.model("bert")
+    modules = prunable(network)
+    with pytest.raises(SettingError, match="calibration data is empty"):
+        next(walk(network, modules, "input_gram", []))
+    resnet = tiny.model("resnet")
+    resnet.spare = nn.Conv2d(1, 1, 1)
+    with pytest.raises(SettingError, match="1 modules saw no input: spare. Exclude them"), torch.no_grad():
+        next(walk(resnet, prunable(resnet), "input_gram", given("resnet")))
+    layer = network.bert.encoder.layer[0]
+    layer.intermediate.dense.bias.data.fill_(float("inf"))
+    with pytest.raises(SettingError, match="layer.0.output.dense has NaN or infinite values"), torch.no_grad():
+        next(walk(network, modules, "input_gram", given("bert")))
+
+
+def test_layers_that_do_not_follow_each_other_are_refused() -> None:
+    network = tiny.model("bert")
+    encoder = network.bert.encoder
+    encoder.layer[1].register_forward_pre_hook(lambda _, args: (args[0] + 1, *args[1:]))
+    with pytest.raises(UnsupportedModelError, match="Layer 1 of BertForSequenceClassification is not called with"):
+        next(walk(network, prunable(network), "input_gram", given("bert")))
+    network = tiny.model("bert")
+    network.bert.encoder.forward = lambda hidden, **_: BaseModelOutputWithPastAndCrossAttentions(
+        last_hidden_state=hidden
+    )
+    with pytest.raises(UnsupportedModelError, match="Only 0 of the 2 layers of BertForSequenceClassification ran"):
+        next(walk(network, prunable(network), "input_gram", given("bert")))

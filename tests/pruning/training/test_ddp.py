@@ -1,0 +1,43 @@
+"""Two processes prune what one process prunes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+TESTS = Path(__file__).resolve().parent.parent.parent
+
+
+def run(folder, processes, per_device, accumulation, *words):
+    """Train in processes of their own and return the model's weights."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    script = [str(Path(__file__).with_name("ddp_run.py")), str(folder), str(per_device), str(accumulation), *words]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(launcher if processes > 1 else []), *script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"world={processes}" in done.stdout, "the launcher started another number of processes"
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "structure", "special"),
+    [
+        ("magnitude", "unstructured", ""),
+        ("movement", "unstructured", ""),
+        ("taylor", "heads+neurons", ""),
+        ("movement", "heads+neurons", "taught"),
+    ],
+)
+def test_two_processes_equal_one(tmp_path, method, structure, special):
+    one = run(tmp_path / "one", 1, 8, 1, method, structure, special)
+    two = run(tmp_path / "two", 2, 2, 2, method, structure, special)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value == 0, two[name] == 0), name
+        assert torch.allclose(value, two[name], rtol=1e-4, atol=1e-6), name
