@@ -25,12 +25,17 @@ format: $(VENV)/ready
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about four hours on 2 cores; resumes)
+bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about seven hours on 2 cores; resumes)
 	$(RUN) benchmarks/main_job.py
 	$(RUN) benchmarks/distillation.py
 	$(RUN) benchmarks/step_overhead.py
 	$(RUN) benchmarks/teacher_cache.py
 	$(RUN) benchmarks/chunked_kl.py
+	$(RUN) benchmarks/pruning.py
+	$(RUN) benchmarks/pruning_oneshot.py
+	$(RUN) benchmarks/pruning_language.py
+	$(RUN) benchmarks/pruning_channels.py
+	$(RUN) benchmarks/pruning_overhead.py
 	$(RUN) benchmarks/read_by_optimum.py runs/main_job/seed-0/int8
 	$(MAKE) docs
 
