@@ -81,7 +81,7 @@ def run(name):
     folder.mkdir(parents=True, exist_ok=True)
     statistics = resolve_measures("perplexity", "language")[0].statistics(found.predictions, found.references)
     np.savez_compressed(folder / "rows.npz", perplexity=statistics)
-    result |= {"perplexity": found.main.value, "history": [step.to_dict() for step in hfshrink.report(model).steps]}
+    result |= {"perplexity": found.main.value, "results": [step.results for step in hfshrink.report(model).steps]}
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{name}: {found.main.value:.2f}, {result['cpu_seconds']:.0f} CPU s", flush=True)
     return result

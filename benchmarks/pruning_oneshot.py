@@ -33,32 +33,33 @@ from hfshrink.evaluation.profiling import count_macs, weight_bytes
 from hfshrink.pruning.search.tuning import search_and_tune
 from hfshrink.pruning.units.cutting import cut_units
 from hfshrink.pruning.units.groups import find_units
-from hfshrink.pruning.vocabulary.trimming import trim_vocabulary
-from pruning import EPOCH, RUNS, correct
+from pruning import EPOCH, RUNS
 
 SEEDS = 3
-SEARCHED, FEW = 2048, 512  # training rows that heads and neurons, and weights and layers, are scored on
-UNIT_METHODS = ("search", "magnitude", "search-unscaled", "taylor", "fisher", "activation", "random")
-WEIGHT_METHODS = ("magnitude", "wanda", "sparsegpt", "random")
+SEARCHED, FEW = 2048, 512  # training rows that heads and neurons, and layers, are scored on
+UNIT_METHODS = ("search", "magnitude", "search-unscaled", "fisher", "random")
 LAYER_METHODS = ("spread", "top", "influence", "random")
 UNITS = {"structure": "heads+neurons"}
 KINDS = {
     "units-50": ("heads and neurons, 50 % off", {"sparsity": 0.5, **UNITS}, UNIT_METHODS),
-    "units-40": ("heads and neurons, 40 % off", {"sparsity": 0.4, **UNITS}, UNIT_METHODS),
-    "weights-50": ("50 % of the weights", {"sparsity": 0.5}, WEIGHT_METHODS),
-    "weights-2-4": ("2:4", {"structure": "2:4"}, WEIGHT_METHODS),
+    "units-40": ("heads and neurons, 40 % off", {"sparsity": 0.4, **UNITS}, ("search", "magnitude", "random")),
     "layers": ("2 of 6 layers off", {"sparsity": 1 / 3, "structure": "layers"}, LAYER_METHODS),
     "layers-tuned": ("2 of 6 layers off, then one epoch", {}, ("chosen",)),
     "vocabulary": ("vocabulary trimmed", {}, ("corpus",)),
 }
 """Kind -> title, keywords of `prune`, methods."""
-BASELINES = {**dict.fromkeys(("units-50", "units-40", "weights-50", "weights-2-4"), "magnitude"), "layers": "random"}
+BASELINES = {"units-50": "magnitude", "units-40": "magnitude", "layers": "random"}
 KEPT = ("units-50/search", "units-40/search", "layers-tuned/chosen", "vocabulary/corpus")
 """Runs whose model of seed 0 is kept, for pruning_speed.py."""
 
 
 def folder_of(kind, method, seed):
     return RUNS / "oneshot" / kind / method / f"seed-{seed}"
+
+
+def correct(folders):
+    """Which test rows each seed got right: booleans (seeds, rows)."""
+    return np.stack([np.load(folder / "rows.npz")["accuracy"][:, 0] > 0.5 for folder in folders])
 
 
 def dense_folder(seed):
@@ -101,7 +102,7 @@ def trim(model):
     """Trim to the training and the unlabelled texts; also the tokenizer, and how it reads the test texts."""
     texts = assets.movie_reviews(train=3000)
     corpus = [*texts["train"]["text"], *texts["unlabelled"]["text"]]
-    model, tokenizer = trim_vocabulary(model, corpus, tokenizer_of_minilm())
+    model, tokenizer = hfshrink.trim_vocabulary(model, corpus, tokenizer_of_minilm())
     known = tokenizer.get_vocab()
     read = [tokenizer_of_minilm().tokenize(text) for text in texts["test"]["text"]]
     changed = [sum(piece not in known for piece in pieces) for pieces in read]

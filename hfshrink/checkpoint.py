@@ -25,7 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.layers import LAYER_KINDS, CompressedLayer, LowRankLinear, check_split, empty_layer, fit_heads
 from hfshrink.measurement import Measurement
 from hfshrink.modules import count_parameters, replace_module
@@ -109,7 +109,7 @@ class HfshrinkQuantizer(HfQuantizer):
         if not layers:
             self.remove_quantization_config(model)
         for name, layer in layers.items():
-            _check_loaded(name, layer)
+            _check_loaded(name, layer, model)
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
@@ -226,6 +226,8 @@ def to_dense(model: Any) -> Any:
 
         model, _ = load(model)
     config_of(model)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError("An export has no layers to turn back. Give the model that it was made from.")
     start, layers = time.perf_counter(), compressed_layers(model)
     if not layers:
         logger.warning("to_dense: %s has no compressed layers; it stays as it is.", type(model).__name__)
@@ -301,11 +303,7 @@ def _check_place(name: str, old: nn.Module, layer: Any, model: Any, error: type[
             f"The {type(layer).__name__} for {name} has {'no' if layer.bias is None else 'a'} bias, the "
             f"{type(old).__name__} there has {'none' if old.bias is None else 'one'}."
         )
-    parent, _, child = name.rpartition(".")
-    try:
-        check_split(model.get_submodule(parent), child, layer)
-    except SettingError as problem:
-        raise error(f"{problem} ({name})") from None
+    _check_parts(name, layer, model, error)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     if f"{name}.weight" in {*tied, *tied.values()}:
         raise error(
@@ -313,7 +311,16 @@ def _check_place(name: str, old: nn.Module, layer: Any, model: Any, error: type[
         )
 
 
-def _check_loaded(name: str, layer: CompressedLayer) -> None:
+def _check_parts(name: str, layer: Any, model: Any, error: type[Exception]) -> None:
+    """Raise `error` where the parts of a fused q, k and v kept different features."""
+    parent, _, child = name.rpartition(".")
+    try:
+        check_split(model.get_submodule(parent), child, layer)
+    except SettingError as problem:
+        raise error(f"{problem} ({name})") from None
+
+
+def _check_loaded(name: str, layer: CompressedLayer, model: Any) -> None:
     """Raise `CheckpointError` where a tensor of a layer was not in the checkpoint, or its indices are corrupt."""
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     if any(tensor.is_meta for _, tensor in tensors):
@@ -328,6 +335,7 @@ def _check_loaded(name: str, layer: CompressedLayer) -> None:
             layer.kept()
         except CheckpointError as error:
             raise CheckpointError(f"{error} ({name})") from None
+        _check_parts(name, layer, model, CheckpointError)
 
 
 def _drop_quantizer(model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -191,15 +191,16 @@ def measure_sensitivity(  # noqa: PLR0913
         >>> found.places, found.rise("bert.encoder.layer.1.heads", 0.0)
         (['bert.encoder.layer.0.heads', 'bert.encoder.layer.1.heads'], 0.0)
     """
-    strengths = list(dict.fromkeys(perturbation.levels if levels is None else levels))
+    given = perturbation.levels if levels is None else levels
+    strengths = list(dict.fromkeys(given)) if isinstance(given, Iterable) else []
     if not strengths or not all(isinstance(level, int | float) and math.isfinite(level) for level in strengths):
         raise SettingError(f"levels must be one or more numbers, got {levels!r}.")
     model, found = load(model)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError("An export can't be damaged in places. Measure the model that it was made from.")
     places = _chosen(perturbation.places(model), include, exclude)
-    given = batches(data, model, processor or found, batch_size=batch_size, samples=samples)
-    sample = [_with_labels(batch, model) for batch in given]
+    read = batches(data, model, processor or found, batch_size=batch_size, samples=samples)
+    sample = [_with_labels(batch, model) for batch in read]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     rows = []
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), eval_mode(model):

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ import cuts
 import tiny
 from hfshrink import checkpoint
 from hfshrink.checkpoint import HfshrinkConfig, layer_map, set_layers, to_dense
-from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.layers import LowRankLinear, ResizedConv1D, ResizedLinear
 from hfshrink.loading import load
 from hfshrink.record import report
@@ -204,6 +205,19 @@ class TestReading:
         with pytest.raises(CheckpointError, match=rf"corrupt: kept_rows must lie in 0\.\.15, got -3.*\({QUERY}\)"):
             load(folder)
 
+    def test_fused_parts_that_kept_different_features(self, tmp_path: Path) -> None:
+        network = tiny.model("gpt2")
+        name = "transformer.h.0.attn.c_attn"
+        kept = torch.cat([torch.arange(8) + 16 * part for part in range(3)])
+        set_layers(network, {name: ResizedConv1D.from_dense(network.get_submodule(name), outputs=kept)})
+        network.save_pretrained(tmp_path)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        tensors[f"{name}.kept_outputs"][8:16] += 8  # other keys than queries
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=rf"3 parts of the fused c_attn must keep the same .*\({name}\)"):
+            load(tmp_path)
+
     def test_no_compression_while_loading(self, tmp_path: Path) -> None:
         tiny.model("bert").save_pretrained(tmp_path)
         config = HfshrinkConfig({QUERY: SPEC})
@@ -242,6 +256,11 @@ class TestToDense:
         assert layer_map(loaded) == {}
         assert not hasattr(loaded.config, "quantization_config")
         assert torch.equal(loaded.get_submodule(QUERY).weight, to_dense(network).get_submodule(QUERY).weight)
+
+    def test_of_an_export(self, network: nn.Module) -> None:
+        export = SimpleNamespace(config=network.config)
+        with pytest.raises(UnsupportedModelError, match="An export has no layers to turn back"):
+            to_dense(export)
 
     def test_of_a_dense_model(self, network: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
         to_dense(network)

@@ -157,6 +157,7 @@ def test_errors(rows):
     words = tiny.tokenizer()
     for keywords, match in (
         ({"levels": ()}, r"levels must be one or more numbers, got \(\)"),
+        ({"levels": 0.5}, "levels must be one or more numbers, got 0.5"),
         ({"levels": ("high",)}, "levels must be one or more numbers"),
         ({"include": "*.attention"}, r"'\*.attention' matches none of 2 places: bert.encoder"),
         ({"exclude": "bert.*"}, "No place is left of 2"),

@@ -13,6 +13,9 @@ from hfshrink.errors import CheckpointError, SettingError
 MAX_SIZE = 2**31
 """Largest size in features or rank that a spec may claim."""
 
+MAX_ELEMENTS = 2**40
+"""Most weights that a layer of a spec may claim; torch itself fails on far larger ones, with an error of its own."""
+
 INDEX_DTYPE = torch.int32  # casting a model touches floats only, so indices stay exact
 
 
@@ -20,7 +23,8 @@ def read_spec(spec: Mapping[str, Any], kind: str, sizes: tuple[str, ...]) -> lis
     """The sizes of a spec in the order of `sizes`, after checking that it has just these, `kind` and `bias`.
 
     Raises:
-        CheckpointError: Missing or unknown entries, or a size that is no integer in 1..2**31.
+        CheckpointError: Missing or unknown entries, a size that is no integer in 1..2**31, or sizes whose product is
+            beyond any real model.
     """
     expected = {"kind", "bias", *sizes}
     if set(spec) != expected:
@@ -36,6 +40,11 @@ def read_spec(spec: Mapping[str, Any], kind: str, sizes: tuple[str, ...]) -> lis
         size = spec[name]
         if type(size) is not int or not 1 <= size <= MAX_SIZE:
             raise CheckpointError(f"{name} must be an integer in 1..2**31, got {size!r} in a layer of kind {kind!r}.")
+    first, second = sorted(spec[name] for name in sizes)[-2:]
+    if first * second > MAX_ELEMENTS:
+        raise CheckpointError(
+            f"A layer of kind {kind!r} with {first:,} × {second:,} weights is beyond any real model (2**40 at most)."
+        )
     return [spec[name] for name in sizes]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.layers.common import INDEX_DTYPE, checked_index, copied, read_spec
+from hfshrink.layers.common import INDEX_DTYPE, MAX_ELEMENTS, checked_index, copied, read_spec
 
 SIZES = ("in_channels", "out_channels", "dense_in_channels", "dense_out_channels")
 PAIRS = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
@@ -17,7 +17,6 @@ PAIRS = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
 PADDINGS = ("same", "valid")
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 MAX_PAIR = 1024  # no kernel, stride, padding or dilation of a real model comes near
-MAX_ELEMENTS = 2**40
 
 
 class ResizedConv2d(nn.Conv2d):

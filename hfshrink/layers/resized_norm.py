@@ -179,4 +179,4 @@ def check_norm(norm: nn.BatchNorm2d) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < math.inf  # isfinite fails on integers that no float can hold

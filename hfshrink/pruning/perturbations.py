@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,8 @@ def perturbation(
         kind, only = _Units, None
     else:
         kind, only = _Weights, None if pattern is None else 1 - pattern[0] / pattern[1]
+    if levels is not None and not isinstance(levels, Iterable):
+        raise SettingError(f"levels must be a list of shares in [0, 1), got {levels!r}.")
     trial = kind(structure, method, seed, only)
     trial.levels = trial.default_levels() if levels is None else tuple(levels)
     for level in trial.levels:

@@ -122,6 +122,10 @@ def test_dtype(layer: CompressedLayer, dtype: torch.dtype) -> None:
         ({"rank": True}, "rank must be an integer .* got True"),
         ({"rank": 2.0}, r"got 2\.0"),
         ({"in_features": 2**31 + 1}, "in_features must be an integer"),
+        (
+            {"in_features": 2**31, "out_features": 2**31},
+            "2,147,483,648 × 2,147,483,648 weights is beyond any real model",
+        ),
         ({"rank": 6}, r"rank must be in 1\.\.5 for a weight of shape \(6, 4\), got 6"),
         ({"bias": 1}, "bias that is true or false, got 'low_rank' and 1"),
         ({"extra": 1}, "needs the entries .* got bias, extra"),
@@ -140,6 +144,7 @@ def test_low_rank_spec_from_elsewhere(spec: object, match: str) -> None:
         ({"in_features": 4, "out_features": 6}, r"Nothing is cut: a weight of shape \(6, 4\)"),
         ({"in_features": 5}, r"\(6, 4\) can't be cut to \(3, 5\)"),
         ({"out_features": -1}, "out_features must be an integer"),
+        ({"dense_in_features": 2**30, "dense_out_features": 2**11}, r"2,048 × 1,073,741,824 .*\(2\*\*40 at most\)"),
     ],
 )
 def test_resized_spec_from_elsewhere(sizes: dict[str, int], match: str) -> None:

@@ -83,6 +83,7 @@ def test_refused() -> None:
         ({"eps": "1e-5"}, "finite eps"),
         ({"eps": True}, "finite eps"),
         ({"momentum": float("inf")}, "momentum in 0..1 or null, got .* inf"),
+        ({"eps": 10**400}, "finite eps of 0 or more .* got 1000"),  # JSON may hold it, no float does
         ({"momentum": -0.1}, "momentum in 0..1"),
         ({"bias": False}, "always has a bias"),
     ],

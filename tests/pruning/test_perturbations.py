@@ -113,7 +113,8 @@ def test_errors():
     for keywords, match in (
         ({"method": "movement"}, "method must be one of magnitude, random for a perturbation, got 'movement'"),
         ({"structure": "rows"}, "structure must be one of unstructured, heads.* N:M such as 2:4, got 'rows'"),
-        ({"levels": (0.5, 1.0)}, r"A level is the share that goes, a number in \[0, 1\), got 1.0"),
+        ({"levels": (0.5, 1.0)}, r"A level must be a number in \[0, 1\), got 1.0"),
+        ({"levels": 0.5}, r"levels must be a list of shares in \[0, 1\), got 0.5"),
         ({"structure": "2:4", "levels": (0.3,)}, r"2:4 has the level 0.5 only \(0 changes nothing\), got 0.3"),
         ({"structure": "layers", "levels": (0.5,)}, "layers has the level 1 only"),
     ):

@@ -10,6 +10,7 @@ from torch import Tensor
 from hfshrink.errors import SettingError
 from hfshrink.pruning.criteria.thresholds import (
     check_pattern,
+    count_dropped,
     global_masks,
     global_thresholds,
     histogram_threshold,
@@ -27,6 +28,8 @@ def hidden_weights(
 ) -> dict[str, Tensor]:
     """True for the weights that go: the lowest scores of all modules together, or of each.
 
+    Exactly round(sparsity·n) of n weights go; of equal scores the last ones of a module first.
+
     Args:
         scores: Module name -> scores of the weight's shape.
         sparsity: Share that goes, in [0, 1).
@@ -34,17 +37,42 @@ def hidden_weights(
         max_sparsity: With the global scope, what a module may lose.
         signed: Whether scores may be negative.
 
+    Raises:
+        SettingError: A module would lose all its weights, or the caps don't allow the sparsity.
+
     Example:
         >>> hidden_weights({"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 4.0])}, 0.25)
         {'a': tensor([ True, False]), 'b': tensor([False, False])}
     """
     if sparsity == 0:
         return {name: torch.zeros_like(values, dtype=torch.bool) for name, values in scores.items()}
-    if scope == "global":
+    sizes = {name: values.numel() for name, values in scores.items()}
+    if scope == "global" and sparsity != max_sparsity:  # where all lose the most they may, rounding would not add up
         limits = global_thresholds(scores, sparsity, max_sparsity, signed=signed)
-    else:
-        limits = {name: histogram_threshold([values], sparsity, signed=signed) for name, values in scores.items()}
-    return {name: values < limits[name] for name, values in scores.items()}
+        most = {name: min(count_dropped(max_sparsity, size), size - 1) for name, size in sizes.items()}
+        return _lowest(scores, limits, count_dropped(sparsity, sum(sizes.values())), most)
+    most = {name: count_dropped(sparsity, size) for name, size in sizes.items()}
+    for name, size in sizes.items():
+        if most[name] == size:
+            raise SettingError(f"sparsity {sparsity} leaves {name} empty: it has {size} weights. Keep at least one.")
+    limits = {name: histogram_threshold([values], sparsity, signed=signed) for name, values in scores.items()}
+    return _lowest(scores, limits, sum(most.values()), most)
+
+
+def _lowest(
+    scores: Mapping[str, Tensor], limits: Mapping[str, float], count: int, most: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """True for `count` scores: those below the limits, then those that equal them, up to `most` of a module."""
+    hidden = {name: values < limits[name] for name, values in scores.items()}
+    below = {name: int(torch.count_nonzero(found)) for name, found in hidden.items()}
+    missing = count - sum(below.values())
+    for name, values in scores.items():
+        room = min(missing, most[name] - below[name])
+        if room > 0:
+            equal = (values == limits[name]).nonzero()[-room:]
+            hidden[name][tuple(equal.T)] = True
+            missing -= len(equal)
+    return hidden
 
 
 def hidden_in_pattern(scores: Mapping[str, Tensor], pattern: tuple[int, int], share: float = 1.0) -> dict[str, Tensor]:
@@ -68,11 +96,10 @@ def hidden_in_pattern(scores: Mapping[str, Tensor], pattern: tuple[int, int], sh
         hidden[name] = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, lowest, True)
         costs[name] = groups.gather(-1, lowest).sum(-1)
     if share < 1:
-        chosen = hidden_weights(costs, share, max_sparsity=0.999999) if share > 0 else {}
-        hidden = {
-            name: found & chosen[name][..., None] if chosen else torch.zeros_like(found)
-            for name, found in hidden.items()
-        }
+        sizes = {name: values.numel() for name, values in costs.items()}
+        limit = histogram_threshold(list(costs.values()), share)
+        chosen = _lowest(costs, dict.fromkeys(costs, limit), count_dropped(share, sum(sizes.values())), sizes)
+        hidden = {name: found & chosen[name][..., None] for name, found in hidden.items()}
     return {name: found.flatten(1) for name, found in hidden.items()}
 
 
@@ -95,9 +122,7 @@ def kept_units(
         {'a': tensor([False,  True]), 'b': tensor([False,  True])}
     """
     if scope == "global":
-        # a cap that is finer than one unit would let small groups lose their last one
-        smallest = min(len(values) for values in scores.values())
-        return global_masks(scores, sparsity, min(max_sparsity, 1 - 1 / smallest))
+        return global_masks(scores, sparsity, max_sparsity)
     found = {name: keep_largest(values, sparsity) for name, values in scores.items()}
     for name, kept in found.items():
         if not bool(kept.any()):

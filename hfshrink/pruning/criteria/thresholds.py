@@ -153,7 +153,7 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float, max_sparsity: fl
     Args:
         scores: Module name -> scores of any shape, comparable between modules.
         sparsity: Fraction of all scores that goes, in [0, 1).
-        max_sparsity: Largest fraction that goes in one module.
+        max_sparsity: Largest fraction that goes in one module; one score at least stays in each.
 
     Returns:
         Module name -> mask.
@@ -170,7 +170,7 @@ def global_masks(scores: Mapping[str, Tensor], sparsity: float, max_sparsity: fl
     guarded = []
     for name, given in scores.items():
         _check_numbers(given, name)
-        protected = keep_largest(given, max_sparsity).flatten()
+        protected = drop_smallest(given.reshape(1, -1), _most_dropped(given.numel(), max_sparsity)).flatten()
         guarded.append(given.flatten().float().masked_fill(protected, inf))
     kept = keep_largest(torch.cat(guarded), sparsity).split([given.numel() for given in scores.values()])
     return {name: mask.view(given.shape) for (name, given), mask in zip(scores.items(), kept, strict=True)}
@@ -184,7 +184,7 @@ def global_thresholds(
     Args:
         scores: Module name -> scores, or weights, of any shape.
         sparsity: Fraction of all that goes, in [0, 1).
-        max_sparsity: Largest fraction that goes in one module.
+        max_sparsity: Largest fraction that goes in one module; one score at least stays in each.
         signed: Rank the values themselves (movement scores) instead of their magnitude |w|.
 
     Returns:
@@ -201,7 +201,7 @@ def global_thresholds(
     _check_cap(scores, sparsity, max_sparsity)
     for name, given in scores.items():
         _check_numbers(given, name)
-    caps = {name: count_dropped(max_sparsity, given.numel()) for name, given in scores.items()}
+    caps = {name: _most_dropped(given.numel(), max_sparsity) for name, given in scores.items()}
     left, free = count_dropped(sparsity, sum(given.numel() for given in scores.values())), dict(scores)
     found: dict[str, float] = {}
     while True:  # each round caps a module or ends
@@ -300,11 +300,17 @@ def _check_cap(scores: Mapping[str, Tensor], sparsity: float, max_sparsity: floa
     sizes = [given.numel() for given in scores.values()]
     if not sum(sizes):
         raise SettingError("There are no scores to rank: no module was selected.")
-    if count_dropped(sparsity, sum(sizes)) > sum(count_dropped(max_sparsity, size) for size in sizes):
+    most = sum(_most_dropped(size, max_sparsity) for size in sizes)
+    if count_dropped(sparsity, sum(sizes)) > most:
         raise SettingError(
-            f"sparsity {sparsity} can't be reached when no module may lose more than max_sparsity {max_sparsity}. "
-            "Raise max_sparsity, or lower sparsity."
+            f"sparsity {sparsity} can't be reached when no module may lose more than max_sparsity {max_sparsity}, nor "
+            f"its last score: that leaves {most} of {sum(sizes)} that can go. Raise max_sparsity, or lower sparsity."
         )
+
+
+def _most_dropped(size: int, max_sparsity: float) -> int:
+    """How many of a module's scores may go: never the last one."""
+    return min(count_dropped(max_sparsity, size), max(size - 1, 0))
 
 
 def _check_numbers(scores: Tensor, name: str = "") -> None:

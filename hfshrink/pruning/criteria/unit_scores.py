@@ -33,7 +33,8 @@ def unit_scores(
     * "magnitude": L2 norm of all weights that write and read a unit; of channels the L1 norm of their filters
       (Li et al., arXiv:1608.08710)
     * "activation": mean norm of a unit's activations (Minitron, arXiv:2407.14679)
-    * "taylor": mean over samples of |∂ℒ/∂m|, m the unit's mask (Michel et al., arXiv:1905.10650)
+    * "taylor": mean over samples of |∂ℒ/∂m|, m the unit's mask, divided by the L2 norm of these means over the group,
+      so that layers with large gradients do not outrank the others (Michel et al., arXiv:1905.10650)
     * "fisher": mean over samples of (∂ℒ/∂m)² (Kwon et al., arXiv:2204.09656)
     * "random": the baseline
 
@@ -78,13 +79,14 @@ def _magnitude(model: nn.Module, group: UnitGroup) -> Tensor:
 
 
 def _mean_absolute(gradients: Tensor) -> Tensor:
-    return gradients.double().abs().mean(dim=0)
+    scores = gradients.double().abs().mean(dim=0)
+    return scores / scores.norm().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _activations(
     model: nn.Module, groups: Sequence[UnitGroup], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Means over tokens, padding left out, of what the reading modules are given."""
+    """Means over tokens, padding left out, of the norms of what the reading modules are given."""
     sums: dict[str, Tensor] = {}
     tokens = dict.fromkeys((group.name for group in groups), 0)
     padding: list[Tensor | None] = [None]

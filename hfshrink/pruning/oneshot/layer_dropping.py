@@ -45,7 +45,7 @@ def choose_layers(
     """
     if method not in LAYER_METHODS:
         raise SettingError(f"method must be one of {', '.join(LAYER_METHODS)} for layers, got {method!r}.")
-    if isinstance(number_dropped, bool) or not 0 <= number_dropped < depth:
+    if type(number_dropped) is not int or not 0 <= number_dropped < depth:
         raise SettingError(f"0..{depth - 1} of {depth} layers can be dropped, got {number_dropped}.")
     if method == "influence":
         if len(influence) != depth:

@@ -34,7 +34,8 @@ def walk(
         modules: Name -> Linear, Conv1D or Conv2d.
         what: `"input_gram"` or `"input_square"`, the field of the statistics that is filled. The inputs of a Conv2d
             are the patches that its kernel sees, flattened to (in·height·width).
-        batches: Model inputs on the model's device; labels are left out.
+        batches: Model inputs on the model's device; labels are left out, but for an encoder-decoder that makes its
+            decoder's inputs of them.
 
     Yields:
         Module name -> statistics; every module once.
@@ -43,7 +44,7 @@ def walk(
         SettingError: No batches, a module that saw no input, or NaN or infinite inputs.
         UnsupportedModelError: Layers that can't be run one by one.
     """
-    given = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+    given = [_inputs(model, batch) for batch in batches]
     if not given:
         raise SettingError("The calibration data is empty: it has no batch.")
     inside: set[str] = set()
@@ -53,6 +54,7 @@ def walk(
         pass  # counted as a whole below
     else:
         inside = {name for name in modules if name.startswith(f"{stack}.")}
+        _check_all_run(model, {name: module for name, module in modules.items() if name not in inside}, given[0])
         chosen = [
             {name: m for name, m in modules.items() if name.startswith(f"{stack}.{i}.")} for i in range(len(layers))
         ]
@@ -61,6 +63,25 @@ def walk(
     outside = {name: module for name, module in modules.items() if name not in inside}
     if outside:
         yield _complete(_whole_statistics(model, outside, what, given))
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """A batch without labels, where the model runs without."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
+        return dict(batch)
+    return {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+
+def _check_all_run(model: Any, modules: Mapping[str, nn.Module], batch: Batch) -> None:
+    """Raise for modules outside the layers that nothing calls, before the layers are pruned."""
+    if modules:
+        silent = set(modules)
+        with ExitStack() as hooks:
+            for name, module in modules.items():
+                hooks.callback(module.register_forward_pre_hook(lambda *_, name=name: silent.discard(name)).remove)
+            model(**batch, **without_cache(model))
+        _complete({name: ModuleStatistics(tokens=name not in silent) for name in modules})
 
 
 @dataclass

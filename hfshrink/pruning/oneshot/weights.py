@@ -24,6 +24,7 @@ from hfshrink.pruning.criteria.thresholds import (
     n_of_m_mask,
 )
 from hfshrink.pruning.oneshot.obs import sparsegpt
+from hfshrink.pruning.oneshot.replay import without_cache
 from hfshrink.pruning.oneshot.walk import walk
 from hfshrink.pruning.units.weights import check_weights, matrix
 
@@ -258,7 +259,7 @@ def _mean_gradients(
     number = 0
     with eval_mode(model), torch.enable_grad():
         for number, batch in enumerate(batches, start=1):
-            loss = getattr(model(**batch), "loss", None)
+            loss = getattr(model(**batch, **without_cache(model)), "loss", None)
             if loss is None:
                 raise SettingError(f"Batch {number - 1} gives no loss: gradients need labels in the calibration data.")
             found = torch.autograd.grad(loss, weights, allow_unused=True)

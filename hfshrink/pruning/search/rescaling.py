@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def rescale_units(
     """Mask the dropped units, and give the others the multipliers that bring the sum behind each block nearest to b.
 
     Layer by layer in forward order. b is the dense block's output and what it is added to, less what it is added to
-    now: so each block makes up for what the pruned and rescaled ones before it lost. A comes from these as well.
+    now: so each block makes up for what the pruned and rescaled ones before it lost. A comes from these as well. Where
+    a norm or a factor stands between a block and the sum (Gemma 2), b is the dense block's output alone.
     Padding does not count, nor do positions of the last layer that the model's answer does not depend on. The
     multipliers go into the reading weights, so the model has no new parts. If one of a group exceeds `limit`, that
     group stays masked only and the next ones go on. Memory stays near one layer's activations.
@@ -130,10 +132,10 @@ def rescale_units(
     with eval_mode(model):
         calls = record_layers(model, list(layers), batches)
         dense, pruned = list(calls.hidden), list(calls.hidden)
-        ups, norms_last = layer_blocks(model)[1].ups[0], _norms_last(model, dense[0], calls.others[0][0])
+        ups, norms = layer_blocks(model)[1].ups[0], _place_of_norms(model, dense[0], calls.others[0][0])
         for number, layer in enumerate(layers):
             read = calls.read if number == len(layers) - 1 else calls.valid
-            here = _Layer(model, layer, calls.others[number], read, ups, norms_last)
+            here = _Layer(model, layer, calls.others[number], read, ups, norms)
             mine = [group for group in groups if group.name.startswith(f"{stack}.{number}.")]
             with _masked(model, mine, target or {}):
                 wanted, dense = here.outputs(mine, dense)
@@ -156,7 +158,7 @@ class _Layer:
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
     positions: Sequence[Tensor]
     ups: str  # the module that reads what the feed-forward block is added to, where norms stand last
-    norms_last: bool
+    norms: str  # see `_place_of_norms`
 
     def outputs(
         self, groups: Sequence[UnitGroup], hidden: Sequence[Tensor]
@@ -196,7 +198,7 @@ class _Layer:
         """Inputs and outputs of the reading modules, and what these are added to, while the layer runs on one batch.
 
         All (tokens, features). Heads are added to the layer's input, neurons to what the norm before them reads or,
-        where norms stand last, writes.
+        where norms stand last, writes; where norms stand between, nothing counts as added.
         """
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         between: list[Tensor] = []
@@ -216,26 +218,47 @@ class _Layer:
         found = {}
         for group in groups:
             x, y = seen[group.name]
-            if group.structure == "heads":
+            if self.norms == "between":
+                residual = torch.zeros_like(y)
+            elif group.structure == "heads":
                 residual = state.flatten(end_dim=-2)[rows]
             else:
-                residual = between[0] if self.norms_last else after.flatten(end_dim=-2)[rows] - y
+                residual = between[0] if self.norms == "last" else after.flatten(end_dim=-2)[rows] - y
             found[group.name] = (x, y, residual)
         return found, after
 
 
-def _norms_last(model: Any, state: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> bool:
-    """Whether a layer ends with a norm (BERT), or with the sum of its input and both blocks (Llama, GPT-2, ViT)."""
+def _place_of_norms(model: Any, state: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> str:
+    """How the blocks of a layer meet the residual stream.
+
+    "first": the layer gives the sum of its input and both blocks (Llama, GPT-2, ViT); "last": a norm reads the sum of
+    the feed-forward and what this reads (BERT); "between": neither, as with norms on the blocks' outputs (Gemma 2).
+    """
     layer = layer_stack(model)[1][0]
     attention, feed_forward = layer_blocks(model)
-    written: list[Tensor] = []
+    written: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}
+
+    def see(_: nn.Module, args: tuple[Any, ...], output: Any, name: str) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].numel() == state.numel():
+            read[name] = args[0].reshape(state.shape)
+        if name in (attention.o, feed_forward.down):
+            written[name] = output.reshape(state.shape)
+
     with ExitStack() as hooks:
-        for name in (attention.o, feed_forward.down):
-            hook = layer.get_submodule(name).register_forward_hook(lambda _, __, output: written.append(output))
-            hooks.callback(hook.remove)
+        for name, module in layer.named_modules():
+            hooks.callback(module.register_forward_hook(partial(see, name=name)).remove)
         after = run_layer(layer, state, call)
-    plain = state + sum(output.reshape(state.shape) for output in written)
-    return bool(((after - plain).abs() > 1e-3 * plain.abs().mean()).any())
+    if _is_close(after, state + sum(written.values())):
+        return "first"
+    added = read[feed_forward.ups[0]] + written[feed_forward.down]
+    return "last" if any(_is_close(found, added) for found in read.values()) else "between"
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding, which in bfloat16 is nearly a percent of each number."""
+    tolerance = max(1e-3, 8 * torch.finfo(other.dtype).eps)
+    return bool(((one - other).abs() <= tolerance * (other.abs() + other.abs().mean())).all())
 
 
 def _solve(

@@ -43,8 +43,8 @@ def search_and_tune(
         model: Masked and rescaled in place, not cut.
         groups: Heads and neurons of it, as `find_units` returns them.
         sparsity: Share of the cost of these blocks to take off, in [0, 1).
-        batches: Inputs with labels on the model's device; 2,048 rows serve the paper. The first `RESCALE_TOKENS`
-            tokens serve least squares.
+        batches: Inputs with labels on the model's device; 2,048 rows serve the paper. About `RESCALE_TOKENS`
+            of their tokens serve least squares.
         cost: "macs", or "latency" measured per shape of block on this machine.
         sequence_length: Tokens per example that costs are counted at.
         rearrange: Whether to swap units by the off-diagonal Fisher information.
@@ -92,7 +92,7 @@ def search_and_tune(
                 report[name]["lost_energy"] = [before, lost_energy(found, kept[name])]
     if rescale:
         with _timed(seconds, "rescale"):
-            some = _first_tokens(batches, sequence_length)
+            some = _some_tokens(batches, sequence_length)
             for name, done in rescale_units(model, groups, kept, some, target=target).items():
                 report[name]["rescaling"] = asdict(done)
     for group in groups:
@@ -114,17 +114,18 @@ def _check(groups: Sequence[UnitGroup], sparsity: float, cost: str) -> None:
         )
 
 
-def _first_tokens(batches: Sequence[Mapping[str, Tensor]], sequence_length: int) -> list[Mapping[str, Tensor]]:
-    """The first batches that hold `RESCALE_TOKENS`; without a mask each row counts as `sequence_length`."""
-    taken: list[Mapping[str, Tensor]] = []
-    left = RESCALE_TOKENS
-    for batch in batches:
-        if left <= 0:
-            break
-        taken.append(batch)
-        mask = batch.get("attention_mask")
-        left -= len(next(iter(batch.values()))) * sequence_length if mask is None else int((mask != 0).sum())
-    return taken
+def _some_tokens(batches: Sequence[Mapping[str, Tensor]], sequence_length: int) -> list[Mapping[str, Tensor]]:
+    """Batches spread evenly over all, long and short ones, that hold about `RESCALE_TOKENS` together.
+
+    Without a mask each row counts as `sequence_length`.
+    """
+    masks = [batch.get("attention_mask") for batch in batches]
+    tokens = [
+        len(next(iter(batch.values()))) * sequence_length if mask is None else int((mask != 0).sum())
+        for batch, mask in zip(batches, masks, strict=True)
+    ]
+    taken = max(1, min(len(batches), round(len(batches) * RESCALE_TOKENS / max(1, sum(tokens)))))
+    return [batches[number * len(batches) // taken] for number in range(taken)]
 
 
 def _totals(

@@ -17,7 +17,7 @@ def sparsity_at(
     cooldown: float = 0.0,
     rounds: int = 4,
 ) -> float:
-    """The sparsity s at a point of training, from sᵢ before the warm-up ends to s_f from the cool-down on.
+    """The sparsity s at a point of training: sᵢ in the warm-up, exactly s_f from the cool-down on.
 
     With x the share of the way between warm-up and cool-down:
 
@@ -32,8 +32,8 @@ def sparsity_at(
         sparsity: s_f, the share that is removed in the end.
         schedule: One of `SCHEDULES`.
         initial_sparsity: sᵢ.
-        warmup: Share of training at the start without any change.
-        cooldown: Share of training at the end without any change.
+        warmup: Share of training at the start that keeps sᵢ.
+        cooldown: Share of training at the end that keeps s_f.
         rounds: Jumps of "iterative"; the first when the warm-up ends, the last when the cool-down begins.
 
     Raises:
@@ -47,13 +47,14 @@ def sparsity_at(
     """
     if schedule not in SCHEDULES:
         raise SettingError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}.")
+    if progress >= 1 - cooldown:
+        return sparsity
     if progress < warmup:
         return initial_sparsity
-    way = 1 - cooldown - warmup
-    x = 1.0 if way <= 0 or schedule == "one-shot" else min(1.0, (progress - warmup) / way)
+    x = 1.0 if schedule == "one-shot" else (progress - warmup) / (1 - cooldown - warmup)
     if schedule == "cubic":
         return sparsity + (initial_sparsity - sparsity) * (1 - x) ** 3
     if schedule == "iterative":
-        done = rounds if x >= 1 else 1 + int(x * (rounds - 1) + 1e-9)
+        done = 1 + int(x * (rounds - 1) + 1e-9)
         return 1 - (1 - initial_sparsity) * ((1 - sparsity) / (1 - initial_sparsity)) ** (done / rounds)
-    return initial_sparsity + (sparsity - initial_sparsity) * x
+    return sparsity if x >= 1 else initial_sparsity + (sparsity - initial_sparsity) * x

@@ -26,19 +26,21 @@ class Pruning:
         structure: "unstructured", N:M such as "2:4" (2 of 4 neighbours stay), "heads", "neurons", "heads+neurons" or
             "channels".
         method: "magnitude"; "movement" (scores learned by the straight-through gradient w·∂L/∂w, arXiv:2005.07683),
-            which pays from about 80 % on and in long runs; "soft-movement" (the same with a penalty on the scores'
-            sigmoids); "taylor" or "fisher" (gradients averaged over the steps between two updates); "random", the
-            baseline.
+            which pays from about 80 % on and in long runs; "soft-movement" (the same with the paper's penalty on
+            σ(scores); the paper lets a fixed threshold on σ(scores) decide how sparse the model gets, here the
+            lowest scores go, so that `sparsity` is reached); "taylor" or "fisher" (running means of the scores of
+            single steps, each step with a weight of 0.1); "random", the baseline.
         schedule: "cubic", "linear", "one-shot" or "iterative", see `sparsity_at`.
-        warmup: Share of all steps before anything is removed.
+        warmup: Share of all steps at the start, which keep `initial_sparsity`: with 0 nothing is removed yet.
         cooldown: Share of all steps after the last change, to recover.
-        initial_sparsity: Sparsity when the warm-up ends.
+        initial_sparsity: Sparsity where the schedule starts.
         rounds: Jumps of the iterative schedule.
         update_steps: Optimizer steps between two updates of the masks; None makes about fifty updates in a run.
-        scope: "global" ranks all modules together, "module" gives each the same sparsity.
+        scope: "global" ranks all modules together, "module" gives each the same sparsity; None takes "module" for
+            learned scores, which drift apart between early and late layers, and "global" for all others.
         max_sparsity: With the global scope, no module or group loses more than this share.
         scores_learning_rate: Of learned scores; it follows the Trainer's learning rate schedule.
-        penalty: Weight of the mean of σ(scores) in soft movement.
+        penalty: Weight of the mean of σ(scores) in soft movement, a mean over each module and then over all.
         include: Wildcards of the modules, or of the groups of units.
         exclude: Wildcards of names to leave out.
         cut: Whether units are removed for real when training ends; if not, they stay as zeros.
@@ -63,7 +65,7 @@ class Pruning:
     initial_sparsity: float = 0.0
     rounds: int = 4
     update_steps: int | None = None
-    scope: str = "global"
+    scope: str | None = None
     max_sparsity: float = 0.98
     scores_learning_rate: float = 1e-2
     penalty: float = 1.0
@@ -74,7 +76,7 @@ class Pruning:
 
     def __post_init__(self) -> None:
         check_structure(self.structure, ("unstructured", *STRUCTURES))
-        for name, known in (("method", METHODS), ("schedule", SCHEDULES), ("scope", ("global", "module"))):
+        for name, known in (("method", METHODS), ("schedule", SCHEDULES), ("scope", (None, "global", "module"))):
             if getattr(self, name) not in known:
                 raise SettingError(_unknown(name, getattr(self, name), known))
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity, self.structure))
@@ -91,7 +93,7 @@ class Pruning:
             )
         if self.initial_sparsity > self.final:
             raise SettingError(f"initial_sparsity {self.initial_sparsity} is above sparsity {self.final}.")
-        if self.scope == "global" and self.pattern is None and self.final > self.max_sparsity:
+        if self.ranked == "global" and self.pattern is None and self.final > self.max_sparsity:
             raise SettingError(
                 f"sparsity {self.final} is above max_sparsity {self.max_sparsity}, what a single module may lose. "
                 "Raise max_sparsity, or take scope='module'."
@@ -116,6 +118,11 @@ class Pruning:
     def pattern(self) -> tuple[int, int] | None:
         """(n, m) of an N:M structure, else None."""
         return read_pattern(self.structure)
+
+    @property
+    def ranked(self) -> str:
+        """What is ranked together: "global" or "module"."""
+        return self.scope or ("module" if self.is_learned else "global")
 
     @property
     def is_structured(self) -> bool:
@@ -196,12 +203,13 @@ def check_share(name: str, value: Any) -> None:
     """Raise `SettingError` for what is no number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         hint = f" For {value:g} percent give {float(value) / 100:g}." if _is_percent(value) else ""
-        raise SettingError(f"{name} is the share that goes, a number in [0, 1), got {value!r}.{hint}")
+        meaning = "the share that goes, " if name.endswith("sparsity") else ""
+        raise SettingError(f"{name} must be {meaning}a number in [0, 1), got {value!r}.{hint}")
 
 
 def _is_percent(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 1 < value < 100
 
 
-def _unknown(name: str, value: Any, known: Sequence[str]) -> str:
-    return f"{name} must be one of {', '.join(known)}, got {value!r}."
+def _unknown(name: str, value: Any, known: Sequence[str | None]) -> str:
+    return f"{name} must be one of {', '.join(map(str, known))}, got {value!r}."

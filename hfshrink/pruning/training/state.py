@@ -12,9 +12,9 @@ from hfshrink.pruning.criteria.ranking import hidden_in_pattern, hidden_weights,
 from hfshrink.pruning.training.settings import Pruning
 from hfshrink.pruning.training.targets import (
     Target,
+    competitors,
     gather_gradients,
     hide_units,
-    hide_weights,
     make_targets,
     scores_of,
 )
@@ -47,7 +47,7 @@ class TrainingMasks:
     def before_step(self, scale: float = 1.0) -> None:
         """Take what the scores need from the gradients, and hide those of hidden weights."""
         for target in self.targets:
-            gather_gradients(target, self.pruning, scale)
+            gather_gradients(target, self.pruning, scale, len(self.targets))
 
     def after_step(self) -> None:
         """Zeros again where the optimizer moved hidden weights."""
@@ -73,10 +73,9 @@ class TrainingMasks:
             self._update_weights(ranked, sparsity)
 
     def _update_units(self, ranked: Mapping[str, Tensor], sparsity: float) -> None:
-        for kind in dict.fromkeys(target.kind for target in self.targets):
-            rivals = [target for target in self.targets if target.kind == kind]
+        for rivals in competitors(self.targets):
             found = {target.name: ranked[target.name] for target in rivals}
-            kept = kept_units(found, sparsity, scope=self.pruning.scope, max_sparsity=self.pruning.max_sparsity)
+            kept = kept_units(found, sparsity, scope=self.pruning.ranked, max_sparsity=self.pruning.max_sparsity)
             for target in rivals:
                 hide_units(target, kept[target.name])
 
@@ -85,16 +84,26 @@ class TrainingMasks:
             hidden = hidden_weights(
                 ranked,
                 sparsity,
-                scope=self.pruning.scope,
+                scope=self.pruning.ranked,
                 max_sparsity=self.pruning.max_sparsity,
                 signed=self.pruning.is_learned,
             )
         else:
             lowest = min(float(values.min()) for values in ranked.values())
-            views = {t.name: matrix(t.module, ranked[t.name]) - min(lowest, 0.0) for t in self.targets if t.module}
+            modules = {target.name: target.module for target in self.targets if target.module is not None}
+            views = {name: matrix(module, ranked[name]) - min(lowest, 0.0) for name, module in modules.items()}
             hidden = hidden_in_pattern(views, self.pruning.pattern, sparsity / self.pruning.final)
+            # transposed where the view was, then the kernels of convolutions back in their shape
+            hidden = {name: matrix(modules[name], mask).reshape(ranked[name].shape) for name, mask in hidden.items()}
         for target in self.targets:
-            hide_weights(target, hidden[target.name])
+            target.masks[0].hide(hidden[target.name])
+
+    def reveal(self) -> None:
+        """Bring back everything that is hidden."""
+        for target in self.targets:
+            for mask in target.masks:
+                mask.hide(torch.zeros_like(mask.hidden))
+        self.sparsity = 0.0
 
     def measured(self) -> float:
         """Share of the weights, or of the units, that is hidden now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from hfshrink.errors import SettingError
 from hfshrink.pruning.criteria import scores
+from hfshrink.pruning.criteria.ranking import kept_units
 from hfshrink.pruning.criteria.thresholds import check_pattern
 from hfshrink.pruning.training.masks import MaskedWeight, hidden_features, masked_weight, reading_weights
 from hfshrink.pruning.training.settings import Pruning
@@ -17,7 +19,7 @@ from hfshrink.pruning.units.groups import UnitGroup, find_units, unit_slices
 from hfshrink.pruning.units.weights import check_weights, matrix, prunable
 
 DECAY = 0.9
-"""Of the running means of gradients' scores between two updates of the masks."""
+"""Of the running means of the scores that gradients give."""
 
 
 @dataclass
@@ -51,10 +53,15 @@ def make_targets(model: nn.Module, pruning: Pruning) -> list[Target]:
     """Everything that the settings select, with nothing hidden yet.
 
     Raises:
-        SettingError: Nothing to prune, NaN weights, frozen weights, or N:M that does not divide a module's inputs.
+        SettingError: Nothing to prune, NaN weights, frozen weights, N:M that does not divide a module's inputs, or a
+            sparsity that leaves a group of units empty.
         UnsupportedModelError: A family without such units.
     """
     found = _unit_targets(model, pruning) if pruning.is_structured else _weight_targets(model, pruning)
+    for rivals in competitors(found):  # what would fail at the last update is told before the first step
+        zeros = {target.name: torch.zeros(target.group.units) for target in rivals if target.group is not None}
+        if zeros:
+            kept_units(zeros, pruning.final, scope=pruning.ranked, max_sparsity=pruning.max_sparsity)
     for target in found:
         for mask in target.masks:
             if not mask.weight.requires_grad:
@@ -64,6 +71,12 @@ def make_targets(model: nn.Module, pruning: Pruning) -> list[Target]:
             shape = first[0].weight.shape if first[2] is None else (len(first[2]),)
             target.learned = nn.Parameter(torch.zeros(shape, device=first[0].weight.device))
     return found
+
+
+def competitors(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets of each kind, which are ranked together."""
+    kinds = dict.fromkeys(target.kind for target in targets)
+    return [[target for target in targets if target.kind == kind] for kind in kinds]
 
 
 def _weight_targets(model: nn.Module, pruning: Pruning) -> list[Target]:
@@ -86,7 +99,7 @@ def _unit_targets(model: nn.Module, pruning: Pruning) -> list[Target]:
     return [Target(g.name, g.structure, list(reading_weights(model, g)), group=g) for g in groups]
 
 
-def gather_gradients(target: Target, pruning: Pruning, scale: float = 1.0) -> None:
+def gather_gradients(target: Target, pruning: Pruning, scale: float = 1.0, modules: int = 1) -> None:
     """Turn the gradients of a step into those of the learned scores, or into a running mean; then hide them too.
 
     The gradient of a weight that is hidden is that of its place: straight through the mask.
@@ -94,16 +107,19 @@ def gather_gradients(target: Target, pruning: Pruning, scale: float = 1.0) -> No
     Args:
         target: Whose weights have gradients.
         pruning: The settings.
-        scale: Of the loss, in mixed precision; the running means take the gradients without it.
+        scale: Of the loss, in mixed precision; the running means take the gradients without it, and leave out steps
+            whose scaled gradients overflow, as the optimizer does.
+        modules: How many targets there are: the penalty of soft movement is a mean over them.
     """
     if target.learned is not None:
         gradient = _first_order(target)
         if gradient is not None and pruning.method == "soft-movement":
-            gradient += pruning.penalty * scale * scores.soft_movement_gradient(target.learned.detach())
+            penalty = scores.soft_movement_gradient(target.learned.detach())
+            gradient += pruning.penalty * scale / modules * penalty
         target.learned.grad = None if gradient is None else gradient.to(target.learned.dtype)
     elif pruning.method in ("taylor", "fisher"):
         found = _first_order(target) if pruning.method == "taylor" or target.group is not None else _squares(target)
-        if found is not None:
+        if found is not None and bool(torch.isfinite(found).all()):
             found = (found / scale).abs() if pruning.method == "taylor" else found.square() / scale**2
             target.gathered = found if target.gathered is None else target.gathered.lerp_(found, 1 - DECAY)
     for mask in target.masks:
@@ -138,7 +154,9 @@ def scores_of(target: Target, model: nn.Module, pruning: Pruning) -> Tensor:
         size = mask.weight.shape if target.group is None else (target.group.units,)
         seed = pruning.seed + sum(map(ord, target.name))  # masks of equal shapes must not be the same
         return scores.random_scores(size, seed).to(mask.weight.device)
-    if pruning.method != "magnitude" and target.gathered is not None:
+    if pruning.method in ("taylor", "fisher"):
+        if target.gathered is None:  # no gradient came here: the loss does not depend on it
+            return torch.zeros(mask.weight.shape if target.group is None else (target.group.units,)).to(mask.weight)
         is_weights = pruning.method == "fisher" and target.group is None
         return scores.fisher(mask.full(), target.gathered) if is_weights else target.gathered
     if target.group is None:
@@ -153,19 +171,6 @@ def _reads(target: Target) -> list[Tensor]:
         if dim is not None and positions is not None:
             found.append(mask.full().movedim(dim, 0).flatten(1)[positions].flatten(1))
     return found
-
-
-def hide_weights(target: Target, hidden: Tensor) -> None:
-    """Hide single weights; `hidden` of the weight's shape or its (out, inputs) view."""
-    mask, module = target.masks[0], target.module
-    if hidden.shape != mask.weight.shape:
-        hidden = (
-            hidden.T
-            if module is not None and matrix(module, mask.weight).shape != mask.weight.flatten(1).shape
-            else hidden
-        )
-        hidden = hidden.reshape(mask.weight.shape)
-    mask.hide(hidden)
 
 
 def hide_units(target: Target, kept: Tensor) -> None:

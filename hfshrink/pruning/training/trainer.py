@@ -22,7 +22,7 @@ from hfshrink.pruning.training.history import measure_parameters, record_trainin
 from hfshrink.pruning.training.settings import Pruning
 from hfshrink.pruning.training.state import TrainingMasks
 from hfshrink.pruning.training.targets import make_targets
-from hfshrink.pruning.units.cutting import check_optimizer, cut_units
+from hfshrink.pruning.units.cutting import check_cut, check_optimizer, cut_units
 from hfshrink.pruning.units.groups import used_units
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
@@ -40,13 +40,23 @@ class PruningMixin(_Trainer):
     exactly. Learned scores take their gradient from that of the weights, which is already reduced over all processes.
     The sparsity is logged with the loss. When training ends, units are cut out for real.
 
+    The schedule is in shares of the run: resumed with another `max_steps` it goes on at its place in the new run. No
+    checkpoint is the best, and early stopping does not count, before `sparsity` is reached. Each call of `train`
+    starts the schedule anew on the model as it is, so `sparsity` is then the share of what is left of cut units. Zeros
+    of an earlier run are weights like others to it; with `pruning=None`, or in another Trainer, they grow again. A run
+    that fails leaves dense weights.
+
+    Memory: the values behind the zeros take as much as the weights that can be pruned, and masks a quarter of it in
+    float32. Learned scores take as much again, with their gradient and the optimizer's two moments four times as much.
+
     Args:
         pruning: The settings; None trains as the plain Trainer does.
         *args: As for the Trainer.
         **kwargs: As for the Trainer.
 
     Raises:
-        SettingError: Nothing to prune, NaN or frozen weights, N:M that does not divide, sharded training.
+        SettingError: Nothing to prune, NaN or frozen weights, N:M that does not divide, a sparsity that leaves a group
+            of units empty, sharded training, or learned scores with a learning rate scheduler of the user's own.
         UnsupportedModelError: A quantized model, or a family without such units.
     """
 
@@ -54,6 +64,7 @@ class PruningMixin(_Trainer):
     optimizer: Any
     lr_scheduler: Any
     _masks: TrainingMasks | None = None
+    _dense: Measurement  # the model before this run
 
     def __init__(self, *args: Any, pruning: Pruning | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,7 +83,14 @@ class PruningMixin(_Trainer):
             raise SettingError(
                 "Masks need whole weights on each process: prune with one process or DDP, not FSDP or DeepSpeed."
             )
-        make_targets(self.model, self.pruning)
+        if self.pruning.is_learned and self.lr_scheduler is not None:
+            raise SettingError(
+                f"method={self.pruning.method!r} adds a group for its scores to the optimizer, which a scheduler that "
+                "was made before does not know. Give optimizers=(optimizer, None) and set lr_scheduler_type."
+            )
+        targets = make_targets(self.model, self.pruning)
+        if self.pruning.cut:
+            check_cut(self.model, [target.group for target in targets if target.group is not None])
         if not _counts_tokens(self.model):
             # these losses are means of their batch, whatever number of items they are told: without this the Trainer
             # would not divide by the accumulation steps
@@ -84,21 +102,40 @@ class PruningMixin(_Trainer):
             check_optimizer(self.optimizer, self.model)
         if self.pruning is None:
             return super().train(*args, **kwargs)
-        start, before = time.perf_counter(), measure_parameters(self.model)
+        start, self._dense = time.perf_counter(), measure_parameters(self.model)
         output = super().train(*args, **kwargs)
-        self._finish(before, time.perf_counter() - start)
+        masks, self._masks = self._masks, None
+        if masks is not None:
+            self._finish(masks, time.perf_counter() - start)
         return output
 
-    def _finish(self, before: Measurement, seconds: float) -> None:
-        masks, self._masks = self._masks, None
-        if masks is None or self.pruning is None:
-            return
+    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
+        """A new model for this run, which is what the run's record starts from."""
+        model = super().call_model_init(*args, **kwargs)
+        self._dense = measure_parameters(model)
+        return model
+
+    def _finish(self, masks: TrainingMasks, seconds: float) -> None:
         changed = [target.name for target in masks.targets]
+        results: dict[str, Any] = {"sparsity": round(masks.measured(), 6)}
+        if not self._is_reached(masks):
+            logger.warning(
+                "Training ended after step %d of %d, at a sparsity of %.3g instead of %.3g.",
+                self.state.global_step,
+                self.state.max_steps,
+                results["sparsity"],
+                self.pruning.final,
+            )
         if self.pruning.is_structured and self.pruning.cut:
             groups = [target.group for target in masks.targets if target.group is not None]
-            changed = cut_units(self.model, groups, {group.name: used_units(self.model, group) for group in groups})
+            kept = {group.name: used_units(self.model, group) for group in groups}  # of the best checkpoint, if loaded
+            changed = cut_units(self.model, groups, kept)
+            results["kept"] = {name: int(units.sum()) for name, units in kept.items()}
             self._forget_cut_parameters()
-        record_training(self, masks, before, changed, seconds)
+        record_training(self, results, self._dense, changed, seconds)
+
+    def _is_reached(self, masks: TrainingMasks) -> bool:
+        return masks.sparsity >= self.pruning.final - 1e-9
 
     def _forget_cut_parameters(self) -> None:
         """The optimizer of this run holds what the model has no more; another run makes a new one."""
@@ -121,6 +158,11 @@ class PruningMixin(_Trainer):
         self.add_callback(callback)
         try:
             yield
+        except Exception:  # auto_find_batch_size begins again on this model, and so may the user
+            self._masks.reveal()
+            self._forget_scores()
+            self._masks = None
+            raise
         finally:
             self.remove_callback(callback)
             self._forget_scores()
@@ -142,6 +184,8 @@ class PruningMixin(_Trainer):
         if own and optimizer is not None:
             groups = optimizer.param_groups
             groups[:] = [group for group in groups if not own & {id(parameter) for parameter in group["params"]}]
+            for parameter in self._masks.learned() if self._masks is not None else ():
+                optimizer.state.pop(parameter, None)  # else the next checkpoint could not be written
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients of what is not hidden, and those of the scores by themselves."""
@@ -169,7 +213,7 @@ class PruningMixin(_Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """No checkpoint is the best before the sparsity is reached: it would be less pruned than asked for."""
-        if self._masks is not None and self._masks.sparsity < self.pruning.final - 1e-9:
+        if self._masks is not None and not self._is_reached(self._masks):
             return False
         return super()._determine_best_metric(metrics, trial)
 

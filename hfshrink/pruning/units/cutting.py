@@ -74,6 +74,23 @@ def cut_units(model: nn.Module, groups: Iterable[UnitGroup], kept: Mapping[str, 
     return [name for name, _ in model.named_modules() if name in masks]
 
 
+def check_cut(model: nn.Module, groups: Iterable[UnitGroup]) -> None:
+    """Raise what `cut_units` would for any of these groups, before the work that leads to a cut.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=6, vocab_size=9)
+        >>> model = BertModel(BertConfig(**sizes))
+        >>> check_cut(model, find_units(model, "neurons"))
+    """
+    groups = [group for group in groups if group.units > 1]
+    masks = _kept_features(model, groups, {group.name: torch.arange(group.units) > 0 for group in groups})
+    _check_untied(model, masks)
+    _check_head_norms(model, groups)
+    if isinstance(getattr(model, "config", None), PreTrainedConfig):
+        check_free_slot(model)
+
+
 def cut_masked(model: nn.Module, structure: str = "heads+neurons", **wildcards: Any) -> list[str]:
     """Remove all units of a masked model that nothing reads, because every weight that would read them is exactly 0.
 

@@ -96,17 +96,24 @@ def find_units(
 
 
 def named_groups(groups: list[UnitGroup], include: Sequence[str], exclude: str | Sequence[str]) -> list[UnitGroup]:
-    """The groups whose names match the wildcards; a wildcard without match raises `SettingError`."""
+    """The groups whose names match the wildcards.
+
+    Raises:
+        SettingError: A wildcard without match, or no group is left.
+    """
     exclude = [exclude] if isinstance(exclude, str) else exclude
     for pattern in (*include, *exclude):
         if pattern != "*" and not any(fnmatchcase(group.name, pattern) for group in groups):
             names = ", ".join(group.name for group in groups[:6])
             raise SettingError(f"The wildcard {pattern!r} matches none of {len(groups)} groups of units: {names}, …")
-    return [
+    found = [
         group
         for group in groups
         if any(fnmatchcase(group.name, p) for p in include) and not any(fnmatchcase(group.name, p) for p in exclude)
     ]
+    if groups and not found:
+        raise SettingError(f"include={include!r} and exclude={exclude!r} leave none of {len(groups)} groups of units.")
+    return found
 
 
 def _block_groups(model: Any) -> list[UnitGroup]:

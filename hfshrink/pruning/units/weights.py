@@ -34,7 +34,7 @@ def prunable(
     found = select_modules(model, (nn.Linear, nn.Conv2d, Conv1D), include, exclude)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     tied_names = {*tied, *tied.values()}
-    heads = head_names(model) if include == "*" else []
+    heads = head_names(model) if list(include) == ["*"] else []  # "*" alone or in a list
     chosen = {n: m for n, m in found.items() if n not in heads and f"{n}.weight" not in tied_names}
     if not chosen:
         raise SettingError(
@@ -42,6 +42,15 @@ def prunable(
         )
     check_weights(chosen)
     return chosen
+
+
+def check_is_model(model: Any) -> None:
+    """Raise `UnsupportedModelError` for an export, whose weights can't be reached."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"A {type(model).__name__} can't be pruned: its weights lie in a graph. Prune the model that it was made "
+            "from, then export that."
+        )
 
 
 def check_weights(modules: Mapping[str, nn.Module]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError
 
-ID_ENTRIES = ("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids")
+ID_ENTRIES = ("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids", "force_words_ids")
 """Ends of the names of the config entries that hold token ids."""
+BIASES = "sequence_bias"  # of a generation config: {(id, …): bias}, or [[[id, …], bias], …]
 LOGIT_BIAS = "final_logits_bias"  # a buffer of shape (1, rows) in BART and its kin
 
 
@@ -88,27 +90,24 @@ def cut_rows(model: Any, kept: Tensor) -> list[str]:
 def renumber(model: Any, rows: int, new_ids: Mapping[int, int]) -> None:
     """Write the new size and the new token ids into a model's configs, generation config and modules.
 
-    Ids that are gone become None, and leave lists of ids; ids that never had a row stay as they are.
+    Ids that are gone become None, and leave lists of ids; a sequence of ids with one that is gone goes as a whole.
+    Ids that never had a row stay as they are.
 
     Args:
         model: A model whose rows are cut.
         rows: How many it had.
         new_ids: Old id -> new id of all tokens that stay.
     """
-
-    def new(value: Any) -> Any:
-        if isinstance(value, list):
-            found = [new(item) for item in value]
-            return [item for item in found if item is not None]
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < rows:
-            return value
-        return new_ids.get(value)
-
+    new = partial(_new_ids, rows=rows, new_ids=new_ids)
     for config in _configs(model):
         if getattr(config, "vocab_size", None) == rows:
             config.vocab_size = len(new_ids)
         for name, value in _id_entries(config):
             setattr(config, name, new(value))
+        biases = _biases(config)
+        if biases:
+            kept = [[new(ids), bias] for ids, bias in biases if _is_whole(new(ids), ids)]
+            setattr(config, BIASES, dict(kept) if isinstance(config.sequence_bias, dict) else kept)
     tables = _tables(model)
     for module in model.modules():
         if vars(module).get("vocab_size") == rows:
@@ -121,6 +120,7 @@ def renumber(model: Any, rows: int, new_ids: Mapping[int, int]) -> None:
 def token_ids(model: Any) -> set[int]:
     """The token ids that a model's configs and its embedding name, such as those of padding, begin and end."""
     found = [value for config in _configs(model) for _, value in _id_entries(config)]
+    found += [ids for config in _configs(model) for ids, _ in _biases(config)]
     found.append(model.get_input_embeddings().padding_idx)
     return set(_whole_numbers(found))
 
@@ -161,8 +161,29 @@ def _id_entries(config: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in vars(config).items() if name.endswith(ID_ENTRIES) and value is not None]
 
 
+def _new_ids(value: Any, rows: int, new_ids: Mapping[int, int]) -> Any:
+    """An id, a list of ids or of such lists, under the new ids."""
+    if isinstance(value, list | tuple):
+        pairs = [(_new_ids(item, rows, new_ids), item) for item in value]
+        return type(value)(new for new, old in pairs if new is not None and _is_whole(new, old))
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < rows:
+        return value
+    return new_ids.get(value)
+
+
+def _is_whole(new: Any, old: Any) -> bool:
+    """Whether a sequence of ids lost none; a single id is whole."""
+    return not isinstance(old, list | tuple) or len(new) == len(old)
+
+
+def _biases(config: Any) -> list[Any]:
+    """(ids, bias) of the sequences whose scores a generation config moves."""
+    found = vars(config).get(BIASES) or []
+    return list(found.items() if isinstance(found, dict) else found)
+
+
 def _whole_numbers(value: Any) -> Iterator[int]:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         for item in value:
             yield from _whole_numbers(item)
     elif isinstance(value, int):

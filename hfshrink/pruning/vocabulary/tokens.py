@@ -6,7 +6,7 @@ A state is what `tokenizers.Tokenizer.to_str()` writes, read as JSON.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from hfshrink.errors import SettingError, UnsupportedModelError
@@ -35,7 +35,8 @@ def model_pieces(state: State) -> list[str]:
 def necessary_pieces(state: State) -> set[str]:
     """The pieces that must stay so that every text is still read, and read by the same rules.
 
-    These are the added tokens, the unknown token, the bytes and the single characters. WordPiece and Unigram also keep
+    These are the added tokens, those of the post-processor and of the padding, the unknown token, the bytes and the
+    single characters. WordPiece and Unigram also keep
     the pieces with a character that is no piece of its own. Unigram keeps its least likely piece besides, from whose
     score the one of unknown characters follows.
 
@@ -51,6 +52,8 @@ def necessary_pieces(state: State) -> set[str]:
     """
     model, pieces = state["model"], set(model_pieces(state))
     found = {token["content"] for token in state["added_tokens"]} | {piece for piece in pieces if _is_byte(piece)}
+    padding = (state.get("padding") or {}).get("pad_token")
+    found |= pieces & {padding, *_placed(state.get("post_processor"))}
     unknown = _unknown_piece(model)
     if unknown in pieces:
         found.add(str(unknown))
@@ -181,6 +184,16 @@ def _merges(state: State) -> list[tuple[str, str, str]]:
     prefix = state["model"].get("continuing_subword_prefix") or ""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in state["model"]["merges"]]
     return [(first, second, first + second.removeprefix(prefix)) for first, second in pairs]
+
+
+def _placed(post_processor: Any) -> Iterator[str]:
+    """The tokens that a post-processor puts around a text."""
+    if isinstance(post_processor, dict):
+        yield from (post_processor[end][0] for end in ("sep", "cls") if end in post_processor)
+        for entry in post_processor.get("special_tokens", {}).values():
+            yield from entry["tokens"]
+        for part in post_processor.get("processors", ()):
+            yield from _placed(part)
 
 
 def _renumbered(post_processor: Any, ids: Mapping[str, int]) -> Any:

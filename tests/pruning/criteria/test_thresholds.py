@@ -170,3 +170,14 @@ class TestHistogram:
         ):
             with pytest.raises(SettingError, match=match):
                 histogram_threshold(tensors, sparsity)
+
+
+def test_small_modules_keep_their_last_score() -> None:
+    """98 % of four are four: without a word about the last one they would all go."""
+    scores = {"small": randn(4).abs() * 0.01, "one": torch.tensor([0.0]), "large": randn(100, seed=1).abs()}
+    masks = global_masks(scores, 0.5)
+    assert [int(mask.sum()) for mask in masks.values()] == [1, 1, 51]  # 52 of 105 go
+    limits = global_thresholds(scores, 0.5)
+    assert all(torch.equal(values >= limits[name], masks[name]) for name, values in scores.items())
+    with pytest.raises(SettingError, match="nor its last score: that leaves 102 of 105"):
+        global_masks(scores, 0.98, 0.99)

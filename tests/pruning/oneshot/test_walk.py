@@ -108,6 +108,11 @@ def test_errors() -> None:
     resnet.spare = nn.Conv2d(1, 1, 1)
     with pytest.raises(SettingError, match="1 modules saw no input: spare. Exclude them"), torch.no_grad():
         next(walk(resnet, prunable(resnet), "input_gram", given("resnet")))
+    spare = tiny.model("bert")
+    spare.bert.spare = nn.Linear(1, 1)
+    with pytest.raises(SettingError, match="1 modules saw no input: bert.spare"), torch.no_grad():
+        next(walk(spare, prunable(spare), "input_gram", given("bert")))  # before the first layer is handed out
+    assert not any(module._forward_pre_hooks for module in spare.modules())
     layer = network.bert.encoder.layer[0]
     layer.intermediate.dense.bias.data.fill_(float("inf"))
     with pytest.raises(SettingError, match="layer.0.output.dense has NaN or infinite values"), torch.no_grad():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import tiny
 from hfshrink.blocks import layer_blocks
@@ -11,10 +12,21 @@ from hfshrink.errors import SettingError
 from hfshrink.modules import layer_stack
 from hfshrink.pruning.criteria.fisher import reader
 from hfshrink.pruning.oneshot.replay import record_layers
-from hfshrink.pruning.search.rescaling import block_sums, rescale_units, unit_multipliers
+from hfshrink.pruning.search.rescaling import _place_of_norms, block_sums, rescale_units, unit_multipliers
 from hfshrink.pruning.units.groups import find_units, mask_units, used_units, weight_axis
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert", "llama", "gpt2", "vit")
+
+
+def gemma2():
+    """Norms before and behind each block."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, vocab_size=tiny.VOCABULARY)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
 
 
 def random_masks(groups, seed=0):
@@ -162,6 +174,36 @@ def test_copies_of_kept_units_are_made_up_for(family, structure):
     error, masked_error = ((tiny.logits(m, batch) - before).abs().max() for m in (model, masked))
     assert error < 0.02 * masked_error
     assert all(torch.equal(used_units(model, group), kept[group.name]) for group in groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [("bert", "last"), ("distilbert", "last"), ("llama", "first"), ("gpt2", "first"), ("gemma2", "between")],
+)
+def test_it_is_seen_what_blocks_are_added_to(family, place, dtype):
+    """Also in bfloat16, where the sum of three numbers goes by their order."""
+    model = (gemma2() if family == "gemma2" else tiny.model(family)).to(dtype)
+    layers = layer_stack(model)[1]
+    calls = record_layers(model, list(layers), [tiny.inputs("gpt2" if family == "gemma2" else family)])
+    with torch.no_grad():
+        assert _place_of_norms(model, calls.hidden[0], calls.others[0][0]) == place
+
+
+def test_blocks_behind_a_norm_aim_at_their_own_output():
+    model = gemma2()
+    groups, batch = find_units(model, "neurons"), tiny.inputs("gpt2")
+    kept = random_masks(groups)
+    outputs = [
+        y[batch["attention_mask"] != 0].double() for _, y in reading(model, groups[:1], [batch])[groups[0].name]
+    ]
+    masked = copy.deepcopy(model)
+    mask_units(masked, groups[0], kept[groups[0].name])
+    zeroed = [y[batch["attention_mask"] != 0] for _, y in reading(masked, groups[:1], [batch])[groups[0].name]]
+    done = rescale_units(model, groups, kept, [batch])[groups[0].name]
+    expected = (outputs[0] - zeroed[0]).square().sum() / outputs[0].square().sum()
+    assert done.error_before == pytest.approx(float(expected), rel=1e-3)
+    assert done.error_after <= done.error_before
 
 
 def test_nothing_dropped_changes_nothing():

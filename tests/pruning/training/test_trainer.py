@@ -105,7 +105,8 @@ class _Straight(torch.autograd.Function):
 def test_movement_equals_autograd_through_parametrized_weights():
     """The slow way: every weight is computed in the forward pass, and the scores get their gradient by autograd."""
     ours, slow = model(), model()
-    pruning = Pruning(0.5, method="movement", warmup=0.0, cooldown=0.25, update_steps=1, scores_learning_rate=0.5)
+    how = {"scope": "global", "warmup": 0.0, "cooldown": 0.25, "update_steps": 1, "scores_learning_rate": 0.5}
+    pruning = Pruning(0.5, method="movement", **how)
     run(ours, pruning, max_grad_norm=0.0, lr_scheduler_type="constant", train_sampling_strategy="sequential")
 
     names = list(prunable(slow))
@@ -358,6 +359,13 @@ def test_what_cannot_work_is_told_before_training():
     frozen.bert.requires_grad_(False)
     with pytest.raises(SettingError, match="is frozen"):
         make(frozen, Pruning(0.5))
+
+
+def test_what_cannot_be_cut_is_told_before_training():
+    network = model()
+    network.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(SettingError, match="quantized by gptq"):
+        PruningTrainer(network, training.arguments(), pruning=Pruning(0.5, "neurons"), train_dataset=training.rows())
 
 
 def test_a_checkpoint_without_masks_is_refused(tmp_path):

@@ -71,3 +71,8 @@ def test_other_structures_and_families_are_refused():
         find_units(tiny.model("bert"), "weights")
     with pytest.raises(UnsupportedModelError, match="'resnet'.*channels"):
         find_units(tiny.model("resnet"), "heads")
+
+
+def test_wildcards_that_leave_no_group_are_named():
+    with pytest.raises(SettingError, match=r"exclude=\['\*'\] leave none of 2 groups"):
+        find_units(tiny.model("bert"), "heads", exclude="*")

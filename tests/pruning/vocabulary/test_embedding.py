@@ -53,6 +53,23 @@ def test_ids():
     assert model.model.vocab_size == model.vocab_size == 7
 
 
+def test_sequences_of_ids_stay_whole():
+    model = tiny.model("llama")
+    model.generation_config.sequence_bias = {(5, 9): -1.0, (2,): 5.0, (7, 9): 2.0}
+    model.generation_config.bad_words_ids = [[5, 7], [9, 30]]
+    model.generation_config.force_words_ids = [[[5], [9, 51]]]
+    assert token_ids(model) == {0, 2, 3, 5, 7, 9, 30, 51}
+    cut_rows(model, KEPT)
+    renumber(model, 52, IDS)
+    assert model.generation_config.sequence_bias == {(3, 4): -1.0, (1,): 5.0}
+    assert model.generation_config.bad_words_ids == [[4, 5]]  # without the lost 7 it would forbid 5 everywhere
+    assert model.generation_config.force_words_ids == [[[3], [4, 6]]]
+    pairs = tiny.model("llama")
+    pairs.generation_config.sequence_bias = [[[5, 9], 2.0], [[7], 2.0]]
+    renumber(pairs, 52, IDS)
+    assert pairs.generation_config.sequence_bias == [[[3, 4], 2.0]]
+
+
 @pytest.mark.parametrize("family", ["t5", "bart"])
 def test_shared_tables_of_an_encoder_decoder(family, tmp_path):
     sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "decoder_ffn_dim": 8}

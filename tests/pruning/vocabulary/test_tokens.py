@@ -67,6 +67,19 @@ def test_the_post_processor_follows(processor):
     assert new.padding["pad_id"] == 1
 
 
+def test_what_is_put_around_a_text_and_behind_it_stays():
+    """Also where it is no added token."""
+    backend = Tokenizer(models.WordLevel({"?": 0, "begin": 1, "end": 2, "pad": 3, "word": 4}, "?"))
+    template = processors.TemplateProcessing(
+        single="begin $A end", pair=None, special_tokens=[("begin", 1), ("end", 2)]
+    )
+    backend.post_processor = processors.Sequence([template])
+    backend.enable_padding(pad_id=3, pad_token="pad")
+    assert necessary_pieces(json.loads(backend.to_str())) == {"?", "begin", "end", "pad"}
+    backend.post_processor = processors.BertProcessing(("end", 2), ("begin", 1))
+    assert necessary_pieces(json.loads(backend.to_str())) == {"?", "begin", "end", "pad"}
+
+
 def test_errors():
     with pytest.raises(
         UnsupportedModelError, match="type None can't be trimmed, expected one of WordLevel, WordPiece"
