@@ -158,7 +158,7 @@ class TrainingMasks:
 def _restore(target: Target, saved: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for mask in target.masks:
-            mask.hidden = saved[f"hidden.{mask.name}"].to(mask.weight.device)
+            mask.set_hidden(saved[f"hidden.{mask.name}"].to(mask.weight.device))
             mask.aside = saved[f"aside.{mask.name}"].to(mask.weight.device, mask.weight.dtype)
             mask.reapply()
         if target.learned is not None:

@@ -124,7 +124,7 @@ def gather_gradients(target: Target, pruning: Pruning, scale: float = 1.0, modul
             target.gathered = found if target.gathered is None else target.gathered.lerp_(found, 1 - DECAY)
     for mask in target.masks:
         if mask.weight.grad is not None:
-            mask.weight.grad.masked_fill_(mask.hidden, 0)
+            mask.weight.grad.mul_(mask.kept)
 
 
 def _first_order(target: Target) -> Tensor | None:
@@ -133,7 +133,7 @@ def _first_order(target: Target) -> Tensor | None:
     for mask, dim, positions in target.places:
         if mask.weight.grad is None:
             continue
-        found = scores.movement_gradient(mask.full(), mask.weight.grad).float()
+        found = mask.full().mul_(mask.weight.grad).float()  # scores.movement_gradient, without a third tensor
         if dim is not None and positions is not None:
             found = found.movedim(dim, 0).flatten(1).sum(1)[positions].sum(1)
         total = found if total is None else total + found
