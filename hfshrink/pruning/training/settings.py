@@ -25,10 +25,10 @@ class Pruning:
             follows from the structure and can be left out.
         structure: "unstructured", N:M such as "2:4" (2 of 4 neighbours stay), "heads", "neurons", "heads+neurons" or
             "channels".
-        method: "magnitude"; "movement" (scores learned by the straight-through gradient w·∂L/∂w, arXiv:2005.07683),
-            which pays from about 80 % on and in long runs; "soft-movement" (the same with the paper's penalty on
-            σ(scores); the paper lets a fixed threshold on σ(scores) decide how sparse the model gets, here the
-            lowest scores go, so that `sparsity` is reached); "taylor" or "fisher" (running means of the scores of
+        method: "magnitude"; "movement" (scores learned by the straight-through gradient w·∂L/∂w, arXiv:2005.07683;
+            ahead of magnitude at 90 % in papers' runs of 10,000 steps and more, not in short ones); "soft-movement"
+            (the same with the paper's penalty on σ(scores); what goes is decided by rank, so that the sparsity is
+            reached, and not by the paper's fixed threshold); "taylor" or "fisher" (running means of the scores of
             single steps, each step with a weight of 0.1); "random", the baseline.
         schedule: "cubic", "linear", "one-shot" or "iterative", see `sparsity_at`.
         warmup: Share of all steps at the start, which keep `initial_sparsity`: with 0 nothing is removed yet.
