@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,4 +179,4 @@ def check_norm(norm: nn.BatchNorm2d) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf  # isfinite fails on integers that no float can hold
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # isfinite fails on larger integers

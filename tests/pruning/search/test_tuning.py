@@ -106,11 +106,15 @@ def test_a_clock_works_too():
 
 
 def test_least_squares_sees_some_tokens_only(monkeypatch):
-    monkeypatch.setattr(tuning, "RESCALE_TOKENS", 30)
     batches = [labelled("bert", seed=seed) for seed in range(4)]  # 7 + 6 + 5 + 4 tokens each
-    assert tuning._first_tokens(batches, 7) == batches[:2]
+    lengths = [int(batch["attention_mask"].sum()) for batch in batches]
+    monkeypatch.setattr(tuning, "RESCALE_TOKENS", sum(lengths) // 2)
+    some = tuning._some_tokens(batches, 7)
+    assert [any(batch is taken for taken in some) for batch in batches] == [True, False, True, False]
+    monkeypatch.setattr(tuning, "RESCALE_TOKENS", 30)
     images = [{"pixel_values": torch.ones(4, 3, 8, 8)}] * 4
-    assert len(tuning._first_tokens(images, 5)) == 2
+    assert len(tuning._some_tokens(images, 5)) == 2
+    assert len(tuning._some_tokens(images[:1], 5)) == 1
 
 
 def test_settings_are_checked_first():

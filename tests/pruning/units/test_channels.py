@@ -280,7 +280,8 @@ def test_cut_models_load_and_train(name: str, tmp_path: Path) -> None:
     assert count_macs(network, {"pixel_values": batch}) < 0.6 * before
     network.save_pretrained(tmp_path)
     loaded, _ = load(tmp_path)
-    assert torch.equal(convnets.logits(loaded, batch), convnets.logits(network, batch))
+    # not bit by bit: the uncut MobileNetV2 differs by 2e-6 from itself after a reload, whose tensors lie elsewhere
+    assert torch.allclose(convnets.logits(loaded, batch), convnets.logits(network, batch), atol=1e-5)
     loaded.train()(pixel_values=batch, labels=torch.tensor([0, 1])).loss.backward()
     assert all(parameter.grad.shape == parameter.shape for parameter in loaded.parameters())
 
