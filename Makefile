@@ -33,6 +33,7 @@ bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about sev
 	$(RUN) benchmarks/chunked_kl.py
 	$(RUN) benchmarks/pruning.py
 	$(RUN) benchmarks/pruning_oneshot.py
+	$(RUN) benchmarks/pruning_speed.py --memory --time
 	$(RUN) benchmarks/pruning_language.py
 	$(RUN) benchmarks/pruning_channels.py
 	$(RUN) benchmarks/pruning_overhead.py

@@ -6,11 +6,10 @@ from common import save
 from hfshrink.terminal import table
 
 NOTE = (
-    "Movie reviews on MiniLM-L6, 2,000 test rows; heads and neurons are scored on 2,048 training rows, weights and "
-    "layers on 512. Differences in points; intervals resample seeds and test rows, paired. Methods of heads, neurons "
-    "and weights are compared with magnitude, those of layers with random layers. Magnitude and random rank all "
-    "weights together, Wanda within each row, SparseGPT within blocks of columns. Zeros save neither MACs nor bytes. "
-    "MACs are computed for 128 tokens. `search-unscaled` leaves out the least squares."
+    "Movie reviews on MiniLM-L6, 2,000 test rows; heads and neurons are scored on 2,048 training rows, layers on 512. "
+    "Differences in points; intervals resample seeds and test rows, paired. Methods of heads and neurons are compared "
+    "with magnitude, those of layers with random layers. `search-unscaled` leaves out the least squares. MACs are "
+    "computed for 128 tokens."
 )
 
 

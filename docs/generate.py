@@ -11,7 +11,7 @@ import hfshrink
 from hfshrink.terminal import table
 
 ROOT = Path(__file__).resolve().parent.parent
-PRUNING = ("pruning", "pruning_oneshot", "pruning_language", "pruning_channels", "pruning_overhead")
+PRUNING = tuple(f"pruning{part}" for part in ("", "_oneshot", "_speed", "_language", "_channels", "_overhead"))
 
 
 def api_page() -> str:
