@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -71,7 +72,7 @@ def perturbation(
     return trial
 
 
-class _Trial:
+class _Trial(ABC):
     """What all trials share: their settings, and the check of a level."""
 
     def __init__(self, structure: str, method: str, seed: int, only: float | None) -> None:
@@ -90,11 +91,13 @@ class _Trial:
                 f"{self.structure} has the level {self.only:g} only (0 changes nothing), got {level!r}."
             )
 
+    @abstractmethod
     def places(self, model: nn.Module) -> list[str]:
-        raise NotImplementedError
+        """Names of what can be damaged."""
 
+    @abstractmethod
     def apply(self, model: nn.Module, place: str, level: float) -> Any:
-        raise NotImplementedError
+        """A context in which the model is damaged there."""
 
 
 class _Weights(_Trial):
