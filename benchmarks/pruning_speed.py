@@ -31,11 +31,11 @@ from pruning import RUNS
 KEPT = RUNS / "speed"
 GRADUAL = ("half-taylor", "third-taylor")  # arms of pruning.py
 MEASURED = (
+    "weights/magnitude",
+    "weights/wanda",
+    "weights/sparsegpt",
     "units-50/search",
     "units-50/magnitude",
-    "weights-50/magnitude",
-    "weights-50/wanda",
-    "weights-50/sparsegpt",
 )
 
 
@@ -49,7 +49,10 @@ def measure_one(name, threads):
     gc.collect()
     footprint._reset_peak()
     before, start = footprint._resident("VmRSS"), (time.perf_counter(), time.process_time())
-    oneshot.prune(model, kind, method, 0, rows)
+    if kind == "weights":
+        hfshrink.prune(model, 0.5, method=method, calibration=rows.select(range(oneshot.FEW)))
+    else:
+        oneshot.prune(model, kind, method, 0, rows)
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     growth = footprint._resident("VmHWM") - before
     found = {"model_bytes": held, "peak_growth_bytes": growth, "seconds": seconds[0], "cpu_seconds": seconds[1]}
