@@ -1,8 +1,10 @@
 """What every benchmark shares: the machine's name, the results folder, interval arithmetic."""
 
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,37 @@ def machine():
     from hfshrink.record import versions
 
     return {"processor": processor_name(), "cores": os.cpu_count(), "versions": versions()}
+
+
+def be_quiet(threads=1):
+    """No progress bars and no chatter of the libraries; so many threads."""
+    import datasets
+    import torch
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    torch.set_num_threads(threads)
+
+
+def timing_arguments(folder, batch_size, **kwargs):
+    """`TrainingArguments` of one pass that is timed: nothing is saved or logged."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        folder,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-5,
+        num_train_epochs=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        **kwargs,
+    )
 
 
 def save(name, data, text):

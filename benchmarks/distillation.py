@@ -9,11 +9,9 @@ processes with different `--only` use two cores.
 import argparse
 import itertools
 import json
-import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,13 +19,11 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same numbers whatever the number of cores
 
-import datasets
 import distillation_data as data
 import distillation_made as made
 import numpy as np
-import torch
 import transformers
-from common import ROOT
+from common import ROOT, be_quiet
 from distillation_table import Arm, render
 from transformers import Trainer, TrainingArguments
 
@@ -263,11 +259,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these tasks only")
     parser.add_argument("--render", action="store_true", help="train nothing: write the tables of what is complete")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    torch.set_num_threads(1)
+    be_quiet()
     if not options.render:
         for task in TASKS:
             if task.name in options.only:

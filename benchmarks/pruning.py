@@ -9,19 +9,15 @@ training is in pruning_oneshot.py.
 import argparse
 import copy
 import json
-import logging
 import os
 import time
-import warnings
 from dataclasses import dataclass
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same numbers whatever the number of cores
 
-import datasets
 import numpy as np
-import torch
 import transformers
-from common import ROOT, save
+from common import ROOT, be_quiet, save
 from distillation_data import movie
 from distillation_table import paired_difference
 
@@ -217,11 +213,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these arms only")
     parser.add_argument("--render", action="store_true", help="train nothing: write the table of what is complete")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    torch.set_num_threads(1)
+    be_quiet()
     for arm in () if options.render else ARMS:
         if arm.name in options.only:
             rate, _ = choose(arm)

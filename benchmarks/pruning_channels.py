@@ -9,17 +9,14 @@ import argparse
 import copy
 import dataclasses
 import json
-import logging
 import os
-import warnings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same numbers whatever the number of cores
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from common import ROOT, paired_interval, save
+from common import ROOT, be_quiet, paired_interval, save
 from distillation_data import garments
 from torch import nn
 
@@ -188,11 +185,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time", action="store_true", help="time the ONNX models of what was run")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    torch.set_num_threads(1)
+    be_quiet()
     for seed in range(SEEDS):
         for name in NETS:
             for method in METHODS:

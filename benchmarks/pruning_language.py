@@ -6,7 +6,6 @@ deterministic, keeps its result in runs/pruning/language and is skipped when it 
 
 import argparse
 import json
-import logging
 import os
 import time
 
@@ -16,7 +15,7 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from common import ROOT, save
+from common import ROOT, be_quiet, save
 from distillation_table import paired_difference
 
 import assets
@@ -120,7 +119,7 @@ def render(found):
         f"{table(header, lines)}\n\nSmolLM2-135M, {ROWS} × {LENGTH} tokens of NYT editorials; calibration "
         f"{CALIBRATION[0]} × {CALIBRATION[1]} tokens of BBC news; no training. Deterministic, one run: intervals "
         f"resample the {ROWS} rows. The dense weights lie on a grid of 4 bits, and {dense['zeros']:.2%} of those in "
-        "the layers are zeros already. Zeros save neither bytes nor time; layers, heads and neurons are cut out."
+        "the layers are zeros already. Zeros save neither bytes nor time."
     )
     save("pruning_language", {"arms": found}, text)
 
@@ -130,10 +129,7 @@ def main():
     names = ["dense", *ARMS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="run these arms only")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(1)
+    be_quiet()
     for name in options.only:
         run(name)
     done = [name for name in names if (RUNS / name / "result.json").is_file()]

@@ -9,18 +9,15 @@ what pruning itself costs, is in pruning_speed.py.
 import argparse
 import copy
 import json
-import logging
 import os
 import time
-import warnings
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the same numbers whatever the number of cores
 
-import datasets
 import numpy as np
 import torch
 import transformers
-from common import paired_interval
+from common import be_quiet, paired_interval
 from distillation_data import movie, tokenizer_of_minilm
 from pruning_oneshot_table import render
 
@@ -193,11 +190,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SEEDS)))
     parser.add_argument("--render", action="store_true", help="only write the tables of what is there")
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", message=".*pin_memory.*")
-    torch.set_num_threads(1)
+    be_quiet()
     if not options.render:
         for seed in options.seeds:
             for kind in options.only:

@@ -11,9 +11,9 @@ import time
 
 import torch
 import transformers
-from common import save
+from common import save, timing_arguments
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 import assets
 from hfshrink import Pruning, PruningTrainer
@@ -48,17 +48,7 @@ def random_rows(number, length):
 
 def time_block(model, rows, batch_size, pruning):
     """(wall, CPU) seconds per step of one pass over the rows, on a fresh copy of the model."""
-    args = TrainingArguments(
-        "runs/trainer",
-        per_device_train_batch_size=batch_size,
-        learning_rate=1e-5,
-        num_train_epochs=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        dataloader_pin_memory=False,
-    )
+    args = timing_arguments("runs/trainer", batch_size)
     clock, how = Clock(), {"train_dataset": rows}
     model = copy.deepcopy(model)
     trainer = PruningTrainer(model, args, pruning=pruning, **how) if pruning else Trainer(model, args, **how)

@@ -8,16 +8,13 @@ import argparse
 import dataclasses
 import gc
 import json
-import logging
 import subprocess
 import sys
 import time
 
-import datasets
 import pruning_oneshot as oneshot
 import torch
-import transformers
-from common import save
+from common import be_quiet, save
 from distillation_data import movie, tokenizer_of_minilm
 from transformers import AutoTokenizer
 
@@ -148,9 +145,7 @@ def main():
     parser.add_argument("--threads", type=int, default=2, help="of --memory")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    be_quiet()
     if options.one:
         measure_one(options.one, options.threads)
         return

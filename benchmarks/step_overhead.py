@@ -9,7 +9,7 @@ import statistics
 import time
 
 import torch
-from common import save
+from common import save, timing_arguments
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Clock:
 
 def main(steps=10, rounds=7, batch_size=32, length=32):
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+    from transformers import AutoModelForSequenceClassification, Trainer
 
     import assets
     import hfshrink
@@ -58,17 +58,7 @@ def main(steps=10, rounds=7, batch_size=32, length=32):
             optimizer.zero_grad()
 
     def trainer(cls, **kwargs):
-        args = TrainingArguments(
-            "runs/trainer",
-            per_device_train_batch_size=batch_size,
-            learning_rate=1e-5,
-            num_train_epochs=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_strategy="no",
-            dataloader_pin_memory=False,
-        )
+        args = timing_arguments("runs/trainer", batch_size)
         return cls(student, args, train_dataset=rows, **kwargs)
 
     plain, distilling = trainer(Trainer), trainer(hfshrink.DistillationTrainer, teacher=teacher)

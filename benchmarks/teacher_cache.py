@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import paired_interval, save
+from common import paired_interval, save, timing_arguments
 
 BUDGETS = (13, 25, 37, 73, 145)  # bytes per position
 BATCH = 32
@@ -30,22 +30,10 @@ def encoded_reviews(tokenizer, count):
 
 
 def make_trainer(student, rows, tokenizer, **kwargs):
-    from transformers import TrainingArguments
 
     import hfshrink
 
-    args = TrainingArguments(
-        tempfile.mkdtemp(),
-        per_device_train_batch_size=BATCH,
-        learning_rate=1e-5,
-        num_train_epochs=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        logging_strategy="no",
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
+    args = timing_arguments(tempfile.mkdtemp(), BATCH, use_cpu=True)
     return hfshrink.DistillationTrainer(student, args, train_dataset=rows, processing_class=tokenizer, **kwargs)
 
 

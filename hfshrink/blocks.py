@@ -1,11 +1,13 @@
-"""The blocks of a layer: which of its weights are attention and feed-forward, by structure."""
+"""Layers and their blocks: which weights are attention and feed-forward, and leaving layers out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hfshrink.errors import UnsupportedModelError
 from hfshrink.modules import layer_stack
@@ -108,3 +110,52 @@ def head_size(model: Any) -> int:
 def input_axis(module: nn.Module) -> int:
     """The axis of a weight that meets the input: 1 in a Linear (out, in), 0 in GPT-2's Conv1D (in, out)."""
     return 1 if isinstance(module, nn.Linear) else 0
+
+
+def spread_layers(depth: int, num_layers: int) -> list[int]:
+    """`num_layers` of `depth` layer numbers, spread evenly, first and last among them (only the first for one).
+
+    Example:
+        >>> spread_layers(12, 6)
+        [0, 2, 4, 7, 9, 11]
+    """
+    if num_layers == 1:
+        return [0]
+    return [round(i * (depth - 1) / (num_layers - 1)) for i in range(num_layers)]
+
+
+def set_depth(config: Any, kept: Sequence[int]) -> None:
+    """Write into a config that only some layers are left; lists with one entry per layer (`layer_types`) keep theirs.
+
+    A backbone (DINOv2) has one stage per layer, of which the last one is put out.
+    """
+    depth = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        is_per_layer = isinstance(value, list) and len(value) == depth and "layer" in name
+        if is_per_layer and getattr(config, name, None) == value:
+            setattr(config, name, [value[layer] for layer in kept])
+    config.num_hidden_layers = len(kept)
+    if len(kept) != depth and hasattr(config, "set_output_features_output_indices"):
+        named = ("stage_names", "out_features", "out_indices")
+        entries = {name: value for name, value in config.to_dict().items() if name not in named}
+        config.stage_names = type(config).from_dict(entries).stage_names
+        config.set_output_features_output_indices(None, None)
+
+
+def block_influence(before: Tensor, after: Tensor) -> Tensor:
+    """1 − cos(x, y) per token: how much a layer turns the hidden state (ShortGPT, arXiv:2403.03853).
+
+    Args:
+        before: A layer's input x, shape (tokens, hidden).
+        after: Its output y, shape (tokens, hidden).
+
+    Returns:
+        Shape (tokens,), float64; the mean over tokens is the layer's influence, in 0..2.
+
+    Example:
+        >>> block_influence(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])).tolist()
+        [1.0, 0.0]
+    """
+    x, y = before.double(), after.double()
+    norms = x.norm(dim=-1) * y.norm(dim=-1)
+    return 1 - (x * y).sum(dim=-1) / norms.clamp_min(torch.finfo(torch.float64).tiny)

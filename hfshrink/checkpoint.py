@@ -27,8 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.layers import LAYER_KINDS, CompressedLayer, LowRankLinear, check_split, empty_layer, fit_heads
-from hfshrink.measurement import Measurement
-from hfshrink.modules import count_parameters, replace_module
+from hfshrink.modules import measure_parameters, replace_module
 from hfshrink.record import StepRecord, append_step, config_of
 
 METHOD = "hfshrink"
@@ -232,7 +231,7 @@ def to_dense(model: Any) -> Any:
     if not layers:
         logger.warning("to_dense: %s has no compressed layers; it stays as it is.", type(model).__name__)
         return model
-    before = _count(model)
+    before = measure_parameters(model)
     dense = {name: layer.to_dense() for name, layer in layers.items()}
     for name, plain in dense.items():
         replace_module(model, name, plain)
@@ -242,7 +241,7 @@ def to_dense(model: Any) -> Any:
         technique="to_dense",
         method=" + ".join(sorted({layer.kind for layer in layers.values()})),
         before=before,
-        after=_count(model),
+        after=measure_parameters(model),
         modules=list(layers),
         seconds=time.perf_counter() - start,
     )
@@ -343,8 +342,3 @@ def _drop_quantizer(model: Any) -> None:
         for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(module).pop(attribute, None)
     vars(config_of(model)).pop("quantization_config", None)
-
-
-def _count(model: nn.Module) -> Measurement:
-    parameters, nonzero = count_parameters(model)
-    return Measurement(parameters=parameters, nonzero_parameters=nonzero)

@@ -50,6 +50,14 @@ def read_dataset(data: Any, split: str | None = None) -> Dataset:
     return data
 
 
+def data_title(data: Any) -> str:
+    """A data set's name for the record, without the machine's folders."""
+    if isinstance(data, str | Path):
+        path = Path(data)
+        return path.name if path.is_absolute() or path.exists() else str(path)
+    return type(data).__name__
+
+
 def encode(
     dataset: Dataset,
     model: Any,

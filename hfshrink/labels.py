@@ -10,6 +10,7 @@ from hfshrink.record import config_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 LABEL_COLUMNS = ("labels", "label", "label_ids", "ner_tags", "tags")
 IGNORED = -100  # label id of positions that take no part in a loss or a metric
@@ -106,3 +107,16 @@ def first_piece_labels(word_ids: Sequence[int | None], labels: Sequence[int]) ->
     return [
         IGNORED if word is None or word == last else labels[word] for word, last in zip(word_ids, before, strict=True)
     ]
+
+
+def next_token_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A language model's batch whose own tokens are its labels, padding left out.
+
+    Example:
+        >>> import torch
+        >>> batch = {"input_ids": torch.tensor([[5, 0]]), "attention_mask": torch.tensor([[1, 0]])}
+        >>> next_token_labels(batch)["labels"].tolist()
+        [[5, -100]]
+    """
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return {**batch, "labels": ids if mask is None else ids.masked_fill(mask == 0, IGNORED)}

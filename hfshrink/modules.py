@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError
+from hfshrink.measurement import Measurement
 
 PADDED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl")
 """Families whose position ids start behind the padding id."""
@@ -151,6 +152,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     with torch.no_grad():
         parameters = list(model.parameters())
         return sum(p.numel() for p in parameters), sum(int(torch.count_nonzero(p)) for p in parameters)
+
+
+def measure_parameters(model: nn.Module) -> Measurement:
+    """The counts of `count_parameters`, as a record keeps them before and after a step."""
+    parameters, nonzero = count_parameters(model)
+    return Measurement(parameters=parameters, nonzero_parameters=nonzero)
 
 
 def _some(names: dict[str, Any], most: int = 6) -> str:

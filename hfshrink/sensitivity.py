@@ -17,7 +17,7 @@ from hfshrink.calibration import batches
 from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.errors import SettingError, UnsupportedModelError, require
 from hfshrink.inputs import eval_mode
-from hfshrink.labels import IGNORED
+from hfshrink.labels import IGNORED, next_token_labels
 from hfshrink.loading import infer_task, load
 from hfshrink.terminal import progress, table
 
@@ -269,9 +269,7 @@ def _with_labels(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
             f"The loss needs labels, and the data has only {', '.join(batch)} for the task {task!r}. Give rows with a "
             "column 'labels' or 'label' to a model with a head that has a loss."
         )
-    ids = batch["input_ids"]
-    mask = batch.get("attention_mask", torch.ones_like(ids))
-    return {**batch, "labels": ids.masked_fill(mask == 0, IGNORED)}
+    return next_token_labels(batch)
 
 
 def _loss(model: Any, sample: Sequence[Mapping[str, Tensor]]) -> float:

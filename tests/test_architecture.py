@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "measurement": {"terminal"},
     "saving": {"errors"},
     "record": {"errors", "measurement", "saving", "terminal"},
-    "modules": {"errors", "record"},
+    "modules": {"errors", "measurement", "record"},
     "blocks": {"errors", "modules"},
     "layers": {"errors"},
     "loading": {"errors", "modules", "record", "saving"},

@@ -31,10 +31,10 @@ class HiddenLoss:
     for the embeddings. PKD (arXiv:1908.09355) is `HiddenLoss(layers="skip", first_token=True, normalize=True)`.
 
     `layers="nearest"` teaches a student that is being pruned (CoFi, arXiv:2204.00408): four layers of the teacher,
-    evenly spread (`spread_layers`), teach by L = mean_j d(H_S^(m_j) W, H_T^(j)), where m_1 < m_2 < … are the student's
-    layers of least total distance in this very batch (`match_rising`). The match has no gradient, the distances of the
-    chosen layers have. CoFi's W starts as the identity and is learned; here it stays the identity where the widths
-    agree, as heads and neurons leave them, and is the shared learned matrix where they differ.
+    evenly spread (`teaching_layers`), teach by L = mean_j d(H_S^(m_j) W, H_T^(j)), where m_1 < m_2 < … are the
+    student's layers of least total distance in this very batch (`match_rising`). The match has no gradient, the
+    distances of the chosen layers have. CoFi's W starts as the identity and is learned; here it stays the identity
+    where the widths agree, as heads and neurons leave them, and is the shared learned matrix where they differ.
 
     Attributes:
         layers: Which student layer matches which teacher layer: see `map_layers`, or "nearest".

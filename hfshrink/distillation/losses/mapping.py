@@ -65,7 +65,7 @@ def map_layers(student_depth: int, teacher_depth: int, layers: str | Mapping[int
     return {i: teacher_depth - student_depth + i for i in range(student_depth - 1)}
 
 
-def spread_layers(student_depth: int, teacher_depth: int) -> tuple[int, ...]:
+def teaching_layers(student_depth: int, teacher_depth: int) -> tuple[int, ...]:
     """The teacher's layers that teach a student being pruned, evenly spread, with the last (CoFi, arXiv:2204.00408).
 
     Four of them, which is every third of 12 as in the paper; fewer where a model has fewer layers.
@@ -75,7 +75,7 @@ def spread_layers(student_depth: int, teacher_depth: int) -> tuple[int, ...]:
         teacher_depth: Layers of the teacher.
 
     Example:
-        >>> spread_layers(12, 12), spread_layers(6, 6), spread_layers(3, 12)
+        >>> teaching_layers(12, 12), teaching_layers(6, 6), teaching_layers(3, 12)
         ((2, 5, 8, 11), (1, 2, 4, 5), (3, 7, 11))
     """
     count = min(TAUGHT_LAYERS, student_depth, teacher_depth)

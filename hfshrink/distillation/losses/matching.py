@@ -21,7 +21,7 @@ from hfshrink.distillation.losses.features import (
     normalized_distance,
     relation_loss,
 )
-from hfshrink.distillation.losses.mapping import NEAREST, find_layer, map_layers, match_rising, spread_layers
+from hfshrink.distillation.losses.mapping import NEAREST, find_layer, map_layers, match_rising, teaching_layers
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import random_inputs
 from hfshrink.modules import layer_stack
@@ -247,7 +247,7 @@ def check_positions(ours: Iterable[int], theirs: Iterable[int], mask: Tensor | N
 def _layers(loss: Any, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
     """The student's layers to record, and the teacher's."""
     if loss.layers == NEAREST:
-        return list(range(depth)), list(spread_layers(depth, teacher_depth))
+        return list(range(depth)), list(teaching_layers(depth, teacher_depth))
     layers = map_layers(depth, teacher_depth, loss.layers)
     return list(layers), list(layers.values())
 

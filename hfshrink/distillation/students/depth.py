@@ -9,23 +9,12 @@ from typing import Any
 
 import torch
 
+from hfshrink.blocks import set_depth, spread_layers
 from hfshrink.distillation.students.width import Widths, set_widths
 from hfshrink.errors import SettingError, UnsupportedModelError
 
 SEED = 0
 """Of fresh weights. Two students of the same settings are equal, bit for bit."""
-
-
-def spread_layers(depth: int, num_layers: int) -> list[int]:
-    """`num_layers` of `depth` layer numbers, spread evenly, first and last among them (only the first for one).
-
-    Example:
-        >>> spread_layers(12, 6)
-        [0, 2, 4, 7, 9, 11]
-    """
-    if num_layers == 1:
-        return [0]
-    return [round(i * (depth - 1) / (num_layers - 1)) for i in range(num_layers)]
 
 
 def kept_layers(depth: int, number: int, keep: str, influence: Sequence[float] = ()) -> list[int]:
@@ -45,32 +34,12 @@ def kept_layers(depth: int, number: int, keep: str, influence: Sequence[float] =
 
 def smaller_config(config: Any, kept: list[int], widths: Widths | None) -> Any:
     """A deep copy for fewer layers; lists with one entry per layer (`layer_types`, …) are trimmed to the kept ones."""
-    depth = config.num_hidden_layers
     smaller = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        if (
-            isinstance(value, list)
-            and len(value) == depth
-            and "layer" in name
-            and getattr(config, name, None) == value
-        ):
-            setattr(smaller, name, [value[layer] for layer in kept])
-    smaller.num_hidden_layers = len(kept)
+    set_depth(smaller, kept)
     if widths is not None:
         set_widths(smaller, widths)
-    if len(kept) != depth:
-        _renew_stages(smaller)
     _check_config(smaller)
     return smaller
-
-
-def _renew_stages(config: Any) -> None:
-    """Of a backbone's config (DINOv2): one stage per layer, of which the last one is put out."""
-    if not hasattr(config, "set_output_features_output_indices"):
-        return
-    entries = {n: v for n, v in config.to_dict().items() if n not in ("stage_names", "out_features", "out_indices")}
-    config.stage_names = type(config).from_dict(entries).stage_names
-    config.set_output_features_output_indices(None, None)
 
 
 def _check_config(config: Any) -> None:

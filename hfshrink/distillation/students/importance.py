@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfshrink.blocks import layer_blocks
+from hfshrink.blocks import block_influence, layer_blocks
 from hfshrink.calibration import batches
 from hfshrink.distillation.students.slicing import HIDDEN, Axis
 from hfshrink.distillation.students.width import block_boxes, widths_of
@@ -35,25 +35,6 @@ class Importance:
 
     influence: list[float]
     units: dict[str, Tensor]
-
-
-def block_influence(before: Tensor, after: Tensor) -> Tensor:
-    """1 − cos(x, y) per token: how much a layer turns the hidden state (ShortGPT, arXiv:2403.03853).
-
-    Args:
-        before: A layer's input x, shape (tokens, hidden).
-        after: Its output y, shape (tokens, hidden).
-
-    Returns:
-        Shape (tokens,), float64; the mean over tokens is the layer's influence, in 0..2.
-
-    Example:
-        >>> block_influence(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 3.0]])).tolist()
-        [1.0, 0.0]
-    """
-    x, y = before.double(), after.double()
-    norms = x.norm(dim=-1) * y.norm(dim=-1)
-    return 1 - (x * y).sum(dim=-1) / norms.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def head_norms(x: Tensor, heads: int) -> Tensor:

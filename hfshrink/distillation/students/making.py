@@ -6,10 +6,10 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 from hfshrink.blocks import layer_blocks
+from hfshrink.data import data_title
 from hfshrink.distillation.students import targets as sizes
 from hfshrink.distillation.students.cutting import Made, can_cut, cut, sketch
 from hfshrink.distillation.students.depth import kept_layers, refuse_compressed
@@ -157,10 +157,7 @@ class _Asked:
         if self.keep != "spread":
             given["keep"] = self.keep
         if self.calibration is not None:
-            is_name = isinstance(self.calibration, str | Path)
-            path = Path(self.calibration) if is_name else Path()
-            name = path.name if path.is_absolute() or path.exists() else str(path)
-            given["calibration"] = name if is_name else type(self.calibration).__name__
+            given["calibration"] = data_title(self.calibration)
         if self.architecture is not None:
             given["architecture"] = self.architecture
         return {**given, **self.targets, **self.config}

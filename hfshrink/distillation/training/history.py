@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from hfshrink.measurement import Measurement
-from hfshrink.modules import count_parameters
+from hfshrink.modules import measure_parameters
 from hfshrink.record import StepRecord, append_step, config_of, model_name
 
 TRAINING_SETTINGS = (
@@ -17,12 +17,6 @@ TRAINING_SETTINGS = (
     "gradient_accumulation_steps",
     "seed",
 )
-
-
-def measure_parameters(model: Any) -> Measurement:
-    """Numbers of a model's parameters, before or after training."""
-    parameters, nonzero = count_parameters(model)
-    return Measurement(parameters=parameters, nonzero_parameters=nonzero)
 
 
 def record_distillation(trainer: Any, before: Measurement, seconds: float) -> None:

@@ -17,8 +17,8 @@ from hfshrink.distillation.checks import check_number
 from hfshrink.distillation.losses.capture import Recorder
 from hfshrink.distillation.teachers.panel import Teachers
 from hfshrink.distillation.teachers.self_teaching import MovingAverage
-from hfshrink.distillation.training.history import measure_parameters
 from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.modules import measure_parameters
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 STATE_FILE = "distillation.safetensors"  # projections and moving average of a run, beside its checkpoint

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfshrink.blocks import block_influence, set_depth, spread_layers
 from hfshrink.checkpoint import check_free_slot, write_map
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode
@@ -56,8 +57,7 @@ def choose_layers(
         order = torch.randperm(depth, generator=torch.Generator().manual_seed(seed))
         return sorted(order[:number_dropped].tolist())
     left = depth - number_dropped
-    step = (depth - 1) / (left - 1) if left > 1 else 0
-    kept = set(range(left)) if method == "top" else {round(number * step) for number in range(left)}
+    kept = range(left) if method == "top" else spread_layers(depth, left)
     return [layer for layer in range(depth) if layer not in kept]
 
 
@@ -91,7 +91,7 @@ def layer_influence(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> list
     def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, *, number: int) -> None:
         before, after = (args or tuple(kwargs.values()))[0], output[0] if isinstance(output, tuple) else output
         x, y = _tokens(before, mask[0]), _tokens(after, mask[0])
-        sums[number] += float((1 - torch.cosine_similarity(x, y, dim=-1)).sum())
+        sums[number] += float(block_influence(x, y).sum())
         counts[number] += len(x)
 
     with ExitStack() as hooks, eval_mode(model), torch.no_grad():
@@ -153,7 +153,7 @@ def drop_layers(model: Any, dropped: Sequence[int]) -> list[str]:
     shared = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     for own in shared.values():
         if getattr(own, "num_hidden_layers", None) == len(layers) + len(set(dropped)):
-            _set_depth(own, kept)
+            set_depth(own, kept)
     if getattr(config, "quantization_config", None) is not None:
         write_map(model)
     return [f"{stack}.{layer}" for layer in sorted(set(dropped))]
@@ -172,21 +172,6 @@ def _kept(depth: int, dropped: Sequence[int]) -> list[int]:
     if len(dropped) == depth:
         raise SettingError(f"All {depth} layers would be dropped; at least one must stay.")
     return [layer for layer in range(depth) if layer not in set(dropped)]
-
-
-def _set_depth(config: Any, kept: Sequence[int]) -> None:
-    """Write into a config that only some layers are left; lists with one entry per layer keep theirs."""
-    depth = config.num_hidden_layers
-    for name, value in config.to_dict().items():
-        is_per_layer = isinstance(value, list) and len(value) == depth and "layer" in name
-        if is_per_layer and getattr(config, name, None) == value:
-            setattr(config, name, [value[layer] for layer in kept])
-    config.num_hidden_layers = len(kept)
-    if hasattr(config, "set_output_features_output_indices"):  # a backbone, as DINOv2: one stage per layer
-        named = ("stage_names", "out_features", "out_indices")
-        entries = {name: value for name, value in config.to_dict().items() if name not in named}
-        config.stage_names = type(config).from_dict(entries).stage_names
-        config.set_output_features_output_indices(None, None)
 
 
 def _new_numbers(model: Any, stack: str, kept: Sequence[int]) -> list[tuple[str, str, Any]]:
@@ -225,7 +210,7 @@ def _sketches(model: Any, kept: Sequence[int]) -> tuple[nn.Module, nn.Module]:
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     smaller = copy.deepcopy(config)
-    _set_depth(smaller, kept)
+    set_depth(smaller, kept)
     try:
         type(smaller).from_dict(smaller.to_dict())
         with torch.random.fork_rng(devices=[]), torch.device("meta"):

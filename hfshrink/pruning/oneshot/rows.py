@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from hfshrink.calibration import batches as read_batches
 from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.errors import SettingError
 from hfshrink.inputs import eval_mode
-from hfshrink.labels import IGNORED
+from hfshrink.labels import next_token_labels
 from hfshrink.loading import infer_task
 from hfshrink.modules import layer_stack
 
@@ -45,7 +44,7 @@ class CalibrationData:
             self._check_targets()
         found = self._read if tokens is None else first_tokens(self._read, tokens)
         if with_labels and "labels" not in found[0] and infer_task(self.model) in LANGUAGE_TASKS:
-            return [_with_labels(batch) for batch in found]
+            return [next_token_labels(batch) for batch in found]
         return found
 
     def _check_targets(self) -> None:
@@ -74,11 +73,6 @@ def has_loss(model: Any, batch: Mapping[str, Tensor]) -> bool:
         return getattr(model(**batch), "loss", None) is not None
 
 
-def _with_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return {**batch, "labels": ids if mask is None else ids.masked_fill(mask == 0, IGNORED)}
-
-
 def mean_length(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> int:
     """Tokens of a row without padding, on average; of images what the first layer reads."""
     masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
@@ -95,14 +89,6 @@ def mean_length(model: Any, batches: Sequence[Mapping[str, Tensor]]) -> int:
     finally:
         handle.remove()
     return lengths[0]
-
-
-def data_title(calibration: Any) -> str:
-    """A data set's name for the record, without the machine's folders."""
-    if isinstance(calibration, str | Path):
-        path = Path(calibration)
-        return path.name if path.is_absolute() or path.exists() else str(path)
-    return type(calibration).__name__
 
 
 def is_plain(model: Any) -> bool:

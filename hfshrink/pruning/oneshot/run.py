@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hfshrink.data import data_title
 from hfshrink.errors import SettingError
 from hfshrink.loading import load
-from hfshrink.modules import layer_stack
+from hfshrink.modules import layer_stack, measure_parameters
 from hfshrink.pruning.criteria.ranking import kept_units
 from hfshrink.pruning.criteria.unit_scores import ON_DATA, ON_WEIGHTS, unit_scores
 from hfshrink.pruning.oneshot.layer_dropping import LAYER_METHODS, choose_layers, drop_layers, layer_influence
 from hfshrink.pruning.oneshot.rows import (
     TOKENS,
     CalibrationData,
-    data_title,
     example_of,
     has_loss,
     is_plain,
@@ -35,7 +35,7 @@ from hfshrink.pruning.oneshot.weights import (
     prune_weights,
 )
 from hfshrink.pruning.search.tuning import search_and_tune
-from hfshrink.pruning.training.history import OWN_SOURCES, SOURCES, ZEROS_ONLY, measure_parameters
+from hfshrink.pruning.training.history import OWN_SOURCES, SOURCES, ZEROS_ONLY
 from hfshrink.pruning.training.settings import check_sparsity, check_structure, read_pattern
 from hfshrink.pruning.units.cutting import cut_units
 from hfshrink.pruning.units.groups import STRUCTURES, UnitGroup, find_units, mask_units

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from hfshrink.measurement import Measurement
-from hfshrink.modules import count_parameters
+from hfshrink.modules import measure_parameters
 from hfshrink.record import StepRecord, append_step
 
 SOURCES = {
@@ -34,12 +34,6 @@ TRAINING_SETTINGS = ("num_train_epochs", "max_steps", "learning_rate", "per_devi
 ZEROS_ONLY = "Zeros in dense tensors: neither the file nor the latency shrinks."
 
 logger = logging.getLogger(__name__)
-
-
-def measure_parameters(model: Any) -> Measurement:
-    """Numbers of a model's parameters, before or after pruning."""
-    parameters, nonzero = count_parameters(model)
-    return Measurement(parameters=parameters, nonzero_parameters=nonzero)
 
 
 def record_training(

@@ -21,7 +21,7 @@ class MaskedWeight:
         weight: The parameter.
         hidden: True where the weight is zero, of a shape that broadcasts to the weight's.
         aside: The values that the zeros stand for, of the weight's shape; zero elsewhere.
-        kept: 0 where hidden and 1 elsewhere, in the weight's dtype: on a CPU a product takes a sixth of a masked fill.
+        kept: 0 where hidden and 1 elsewhere, in the weight's dtype, for products.
     """
 
     name: str

@@ -26,10 +26,10 @@ class Pruning:
         structure: "unstructured", N:M such as "2:4" (2 of 4 neighbours stay), "heads", "neurons", "heads+neurons" or
             "channels".
         method: "magnitude"; "movement" (scores learned by the straight-through gradient w·∂L/∂w, arXiv:2005.07683;
-            ahead of magnitude at 90 % in papers' runs of 10,000 steps and more, not in short ones); "soft-movement"
-            (the same with the paper's penalty on σ(scores); what goes is decided by rank, so that the sparsity is
-            reached, and not by the paper's fixed threshold); "taylor" or "fisher" (running means of the scores of
-            single steps, each step with a weight of 0.1); "random", the baseline.
+            ahead of magnitude at 90 % in papers' long runs, far behind in the short ones of docs/pruning.md);
+            "soft-movement" (the same with the paper's penalty on σ(scores); what goes is decided by rank, so that the
+            sparsity is reached, and not by the paper's fixed threshold); "taylor" or "fisher" (running means of the
+            scores of single steps, each step with a weight of 0.1); "random", the baseline.
         schedule: "cubic", "linear", "one-shot" or "iterative", see `sparsity_at`.
         warmup: Share of all steps at the start, which keep `initial_sparsity`: with 0 nothing is removed yet.
         cooldown: Share of all steps after the last change, to recover.

@@ -18,7 +18,8 @@ from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, UnsupportedModelError
 from hfshrink.loading import infer_task
 from hfshrink.measurement import Measurement
-from hfshrink.pruning.training.history import measure_parameters, record_training
+from hfshrink.modules import measure_parameters
+from hfshrink.pruning.training.history import record_training
 from hfshrink.pruning.training.settings import Pruning
 from hfshrink.pruning.training.state import TrainingMasks
 from hfshrink.pruning.training.targets import make_targets

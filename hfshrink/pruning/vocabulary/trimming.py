@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from hfshrink.data import find_text_columns, read_dataset
+from hfshrink.data import data_title, find_text_columns, read_dataset
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.loading import load
-from hfshrink.measurement import Measurement
-from hfshrink.modules import PADDED_POSITIONS, count_parameters
+from hfshrink.modules import PADDED_POSITIONS, measure_parameters
 from hfshrink.pruning.vocabulary.embedding import check_tables, cut_rows, renumber, token_ids
 from hfshrink.pruning.vocabulary.tokens import (
     State,
@@ -97,16 +96,16 @@ def trim_vocabulary(
     smaller = plan.smaller(kept)
     plan.check_same(smaller, texts, set(kept))
     old_ids = [plan.ids[piece] for piece in kept]
-    base, before = model_name(model), count_parameters(model)
+    base, before = model_name(model), measure_parameters(model)
     modules = cut_rows(model, torch.tensor(old_ids))
     renumber(model, rows, {old: new for new, old in enumerate(old_ids)})
-    after, total = count_parameters(model), sum(counts.values())
+    after, total = measure_parameters(model), sum(counts.values())
     step = StepRecord(
         technique="trim_vocabulary",
         method="corpus",
-        settings={"corpus": _title(corpus), "keep": keep, "min_count": min_count, "max_tokens": max_tokens},
-        before=Measurement(parameters=before[0], nonzero_parameters=before[1]),
-        after=Measurement(parameters=after[0], nonzero_parameters=after[1]),
+        settings={"corpus": data_title(corpus), "keep": keep, "min_count": min_count, "max_tokens": max_tokens},
+        before=before,
+        after=after,
         modules=modules,
         results={
             "vocabulary_before": rows,
@@ -285,10 +284,3 @@ def _texts(corpus: Any) -> list[Any]:
         if not isinstance(text, kind) or (kind is list and not all(isinstance(word, str) for word in text)):
             raise SettingError(f"Row {row} of the corpus must be text, got {text!r} ({type(text).__name__}).")
     return texts
-
-
-def _title(corpus: Any) -> str:
-    """What to call the corpus in the record; paths of a machine stay out of it."""
-    if not isinstance(corpus, str | Path):
-        return type(corpus).__name__
-    return Path(corpus).name if Path(corpus).exists() else str(corpus)

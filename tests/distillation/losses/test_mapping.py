@@ -6,7 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from hfshrink.distillation.losses.mapping import find_layer, map_layers, match_rising, spread_layers
+from hfshrink.distillation.losses.mapping import find_layer, map_layers, match_rising, teaching_layers
 from hfshrink.errors import SettingError
 
 
@@ -67,13 +67,13 @@ def test_maps_that_do_not_fit_are_refused(arguments, message):
 
 
 def test_every_third_of_twelve_layers_teaches_as_in_cofi():
-    assert spread_layers(12, 12) == (2, 5, 8, 11)  # 3, 6, 9, 12 counted from 1
+    assert teaching_layers(12, 12) == (2, 5, 8, 11)  # 3, 6, 9, 12 counted from 1
 
 
 def test_layers_that_teach_are_spread_evenly_and_end_with_the_last():
     for teacher in range(1, 30):
         for student in range(1, 15):
-            layers = spread_layers(student, teacher)
+            layers = teaching_layers(student, teacher)
             assert len(layers) == min(4, student, teacher)
             assert layers[-1] == teacher - 1
             steps = [b - a for a, b in zip((-1, *layers), layers, strict=False)]

@@ -5,7 +5,8 @@ import torch
 
 import tiny
 from hfshrink import make_student, report
-from hfshrink.distillation.students.importance import block_influence, head_norms, magnitude_scores, measure_importance
+from hfshrink.blocks import block_influence
+from hfshrink.distillation.students.importance import head_norms, magnitude_scores, measure_importance
 from hfshrink.distillation.students.slicing import Axis
 from hfshrink.errors import SettingError, UnsupportedModelError
 

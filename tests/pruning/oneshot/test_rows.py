@@ -7,8 +7,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import tiny
 from hfshrink import prune, report
+from hfshrink.data import data_title
 from hfshrink.errors import SettingError
-from hfshrink.pruning.oneshot.rows import CalibrationData, data_title, example_of, first_tokens, has_loss, mean_length
+from hfshrink.pruning.oneshot.rows import CalibrationData, example_of, first_tokens, has_loss, mean_length
 
 
 def test_an_iterator_is_read_once():
