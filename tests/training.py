@@ -1,6 +1,11 @@
-"""Tiny distillation runs: arguments, rows, and a student with its teacher for every kind of head."""
+"""Tiny training runs: arguments, rows, a student with its teacher for every kind of head, and several processes."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -83,3 +88,44 @@ def trainer(student, teacher, data, cls=DistillationTrainer, losses=None, label_
         train_dataset=data,
         data_collator=collate,
     )
+
+
+def distributed_arguments(folder, per_device, accumulation, **kwargs):
+    """Arguments under which two processes must do what one does: rows in order, plain descent, logs of each step."""
+    return arguments(
+        output_dir=folder,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        logging_steps=1,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        **kwargs,
+    )
+
+
+def launch(script, processes, *words):
+    """What a script prints, started in processes of its own; it must print their number as `world=…`."""
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(processes),
+        "--master_port",
+        "0",
+        "--standalone",
+    ]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"world={processes}" in done.stdout.splitlines(), "the launcher started another number of processes"
+    return done.stdout
+
+
+def leave_together():
+    """The end of a process among several: none goes while another still talks to it, which would abort that one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

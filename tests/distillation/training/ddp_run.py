@@ -4,11 +4,9 @@ Words: folder, rows per process, accumulation steps, kind of head, and what is s
 "cache" or "fsdp").
 """
 
-import os
 import sys
 
 import torch
-from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import training
@@ -17,24 +15,7 @@ from hfshrink.distillation import HiddenLoss
 
 folder, per_device, accumulation, labels, special = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:6]
 student, teacher = training.pair(labels)
-args = TrainingArguments(
-    output_dir=folder,
-    per_device_train_batch_size=per_device,
-    gradient_accumulation_steps=accumulation,
-    max_steps=2,
-    learning_rate=0.1,
-    lr_scheduler_type="constant",
-    optim="sgd",
-    train_sampling_strategy="sequential",
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    use_cpu=True,
-    dataloader_pin_memory=False,
-    max_grad_norm=0.0,
-    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-)
+args = training.distributed_arguments(folder, per_device, accumulation, max_steps=2, max_grad_norm=0.0)
 rows = training.rows(labels=labels)
 if special == "fsdp" and args.world_size > 1:  # each process holds half of every weight
     if args.process_index == 0:
@@ -64,3 +45,4 @@ if trainer.is_world_process_zero():
     for name, value in [*trainer.state.log_history[-3].items(), *metrics.items()]:
         if name.startswith(("loss", "eval_loss_", "eval_agreement", "eval_teacher_accuracy")):
             print(f"{name}={value}")
+training.leave_together()

@@ -1,40 +1,19 @@
 """Two processes train the student that one process trains."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-TESTS = Path(__file__).resolve().parent.parent.parent
+import training
 
 
 def run(folder, processes, per_device, accumulation, labels, special=""):
     """Train in processes of their own and return the student's weights and the last training log."""
     script = Path(__file__).with_name("ddp_run.py")
-    words = [str(script), str(folder), str(per_device), str(accumulation), labels, special]
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--master_port",
-        "0",
-        "--standalone",
-    ]
-    command = [sys.executable, *(launcher if processes > 1 else []), *words]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TESTS),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    logs = dict(line.split("=") for line in done.stdout.splitlines() if line.startswith(("world=", "loss", "eval_")))
-    assert logs.pop("world") == str(processes), "the launcher started another number of processes"
+    printed = training.launch(script, processes, folder, per_device, accumulation, labels, special)
+    logs = dict(line.split("=") for line in printed.splitlines() if line.startswith(("loss", "eval_")))
     return load_file(folder / "model.safetensors"), {name: float(value) for name, value in logs.items()}
 
 

@@ -3,33 +3,14 @@
 Words: folder, rows per process, accumulation steps, method, structure, and "taught" for a CompressionTrainer.
 """
 
-import os
 import sys
-
-from transformers import TrainingArguments
 
 import training
 from hfshrink import CompressionTrainer, Pruning, PruningTrainer
 
 folder, per_device, accumulation, method, structure, special = sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:7]
 student, teacher = training.pair("class")
-args = TrainingArguments(
-    output_dir=folder,
-    per_device_train_batch_size=per_device,
-    gradient_accumulation_steps=accumulation,
-    max_steps=4,
-    learning_rate=0.1,
-    lr_scheduler_type="constant",
-    optim="sgd",
-    train_sampling_strategy="sequential",
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    use_cpu=True,
-    dataloader_pin_memory=False,
-    ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
-)
+args = training.distributed_arguments(folder, per_device, accumulation, max_steps=4)
 taught = special == "taught"
 trainer = (CompressionTrainer if taught else PruningTrainer)(
     student,
@@ -43,3 +24,4 @@ trainer.train()
 if args.process_index == 0:
     student.save_pretrained(folder)
     print(f"world={args.world_size}")
+training.leave_together()

@@ -1,26 +1,17 @@
 """Two processes prune what one process prunes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-TESTS = Path(__file__).resolve().parent.parent.parent
+import training
 
 
 def run(folder, processes, per_device, accumulation, *words):
     """Train in processes of their own and return the model's weights."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    script = [str(Path(__file__).with_name("ddp_run.py")), str(folder), str(per_device), str(accumulation), *words]
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *(launcher if processes > 1 else []), *script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"world={processes}" in done.stdout, "the launcher started another number of processes"
+    training.launch(Path(__file__).with_name("ddp_run.py"), processes, folder, per_device, accumulation, *words)
     return load_file(folder / "model.safetensors")
 
 
