@@ -1,174 +1,96 @@
-"""`quantize`: one door for every scheme."""
+"""The schemes that `quantize` knows, as data: what each makes, where it runs, and which function makes it."""
 
 from __future__ import annotations
 
-import dataclasses
-import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-import torch
-from torch import nn
+from hfshrink.errors import SettingError, require
 
-from hfshrink.errors import SettingError, UnsupportedModelError, require
-from hfshrink.loading import EXPORT_MANIFEST, infer_task, load
-from hfshrink.measurement import Measurement
-from hfshrink.modules import count_parameters, head_names, select_modules
-from hfshrink.quantization.onnx import check_parity, export_float, quantize_dynamic, supports_vnni
-from hfshrink.record import StepRecord, append_step, model_name
-from hfshrink.saving import save_aside
+ONNX = (("onnx", "onnx"), ("onnxscript", "onnx"), ("onnxruntime", "onnx"))
+BITSANDBYTES = (("bitsandbytes", "bnb"),)
+OPENVINO = (("openvino", "openvino"), ("nncf", "openvino"))
+EXECUTORCH = (("executorch", "executorch"), ("torchao", "executorch"))
 
-SCHEMES = {
-    "onnx-fp32": "a float ONNX graph: the baseline for every other scheme in the same runtime",
-    "onnx-int8": "8-bit weights and embeddings, activations quantized as they come (dynamic); no data needed",
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to store numbers in fewer bits.
+
+    Attributes:
+        about: What comes out, in one line.
+        maker: "room.module:function" below `hfshrink.quantization`. Its keyword-only arguments are the scheme's
+            options.
+        runtime: "torch" changes the model itself; the others export it.
+        needs: (module, extra) pairs that must be installed.
+        source: The paper or document that it comes from.
+    """
+
+    about: str
+    maker: str
+    runtime: str = "onnx"
+    needs: tuple[tuple[str, str], ...] = ONNX
+    source: str = "ONNX Runtime"
+
+    def load_maker(self) -> Callable[..., Any]:
+        """The function that makes it.
+
+        Raises:
+            MissingDependencyError: An extra is not installed.
+        """
+        for module, extra in self.needs:
+            require(module, extra=extra)
+        module, _, name = self.maker.partition(":")
+        return getattr(import_module(f"hfshrink.quantization.{module}"), name)
+
+
+SCHEMES: dict[str, Scheme] = {
+    "onnx-fp32": Scheme(
+        "a float ONNX graph: the baseline for every other scheme in the same runtime", "graphs.exporting:make_float"
+    ),
+    "onnx-int8": Scheme(
+        "8-bit weights and embeddings, activations quantized as they come (dynamic); no data needed",
+        "graphs.dynamic:make_dynamic",
+        source="ONNX Runtime, dynamic quantization",
+    ),
 }
-"""scheme -> what it makes."""
+"""scheme -> what it makes, and how."""
 
 
-def quantize(
-    model: Any,
-    scheme: str,
-    *,
-    output_dir: str | Path | None = None,
-    calibration: Any = None,
-    processor: Any = None,
-    task: str | None = None,
-    exclude: str | Sequence[str] | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> Any:
-    """Quantize a model, from a Hub id to a folder that loads, and check the result against the float model.
-
-    `onnx-int8` keeps 8-bit weights per output channel and quantizes activations at run time (U8S8), embeddings
-    included; additions, normalization and softmax stay float. The task head stays float by default: it is small, and
-    its error reaches the answer directly. The model itself is left as it was.
-
-    Args:
-        model: A model, a folder or a Hub id.
-        scheme: One of `hfshrink.quantization.SCHEMES`.
-        output_dir: Where to save the export with tokenizer, config and record; None keeps it in memory.
-        calibration: Rows to compare both models on (a `datasets.Dataset`, a Hub id, or an iterable of batches); None
-            takes seeded random inputs of several lengths. The record says which.
-        processor: The tokenizer or image processor; None takes the one beside the model.
-        task: One of `hfshrink.loading.TASKS`, for a config that names no architecture.
-        exclude: `fnmatch` wildcards of Linears and Embeddings to leave in float; None means the task head, `()`
-            nothing.
-        overwrite: Whether a folder with files in it may be replaced.
-        trust_remote_code: Whether to run code from the checkpoint's repository.
-
-    Returns:
-        transformers' `ExportedModel`, called like the model; `ExportedModel.from_pretrained(output_dir)` loads it
-        again.
+def check_scheme(scheme: Any) -> Scheme:
+    """The row of a scheme.
 
     Raises:
-        SettingError: Unknown scheme, a wildcard that matches nothing, nothing left to quantize, outputs that are not
-            finite.
-        MissingDependencyError: The extra `onnx` is not installed.
-        CheckpointError: `model` can't be loaded, or `output_dir` can't be written or holds other files.
+        SettingError: There is no such scheme.
 
     Example:
-        >>> from transformers import BertConfig, BertForSequenceClassification
-        >>> config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
-        >>> exported = quantize(BertForSequenceClassification(config), "onnx-int8")
-        >>> exported.config.hfshrink["history"][-1]["method"]
-        'onnx-int8'
+        >>> check_scheme("onnx-int8").runtime
+        'onnx'
     """
-    if scheme not in SCHEMES:
-        raise SettingError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}.")
-    for module in ("onnx", "onnxscript", "onnxruntime"):
-        require(module, extra="onnx")
-    settings = _settings(calibration=calibration, task=task, exclude=exclude)
-    output_dir = None if output_dir is None else Path(output_dir).expanduser()
-    _check_not_inside(model, output_dir)
-    with nullcontext() if output_dir is None else save_aside(output_dir, overwrite=overwrite) as folder:
-        loaded, found = load(model, task, trust_remote_code=trust_remote_code, **_float32_if_named(model))
-        if not isinstance(loaded, nn.Module):
-            raise UnsupportedModelError(
-                f"{model} is an export already; quantize the PyTorch model that it was made from."
-            )
-        processor = processor or found
-        if loaded.dtype != torch.float32:
-            raise SettingError(f"The model is in {loaded.dtype}; quantize from its float32 weights: model.float().")
-        step, exported = _export(loaded, scheme, processor, infer_task(loaded, task), exclude, calibration)
-        before = dataclasses.replace(step.before, size_bytes=_file_bytes(model, ".safetensors"))
-        step = dataclasses.replace(step, settings=settings, before=before)
-        if folder is None:
-            append_step(exported, step, base_model=model_name(loaded), task=infer_task(loaded, task))
-            return exported
-        exported.save_pretrained(folder)
-        after = dataclasses.replace(step.after, size_bytes=_file_bytes(folder, ".onnx", ".onnx.data"))
-        step = dataclasses.replace(step, after=after)
-        append_step(exported, step, base_model=model_name(loaded), task=infer_task(loaded, task))
-        exported.config.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
-    return load(output_dir, task, trust_remote_code=trust_remote_code)[0]
+    if not isinstance(scheme, str) or scheme not in SCHEMES:
+        raise SettingError(f"scheme must be one of auto, {', '.join(SCHEMES)}, got {scheme!r}.{_nearest(scheme)}")
+    return SCHEMES[scheme]
 
 
-def _export(
-    model: Any, scheme: str, processor: Any, task: str, exclude: str | Sequence[str] | None, calibration: Any
-) -> tuple[StepRecord, Any]:
-    """The export and what there is to say about it, sizes on disk apart."""
-    start = time.perf_counter()
-    kept_float = _kept_float(model, exclude) if scheme == "onnx-int8" else []
-    exported = export_float(model, processor)
-    changed: list[str] = []
-    results: dict[str, Any] = {}
-    if scheme == "onnx-int8":
-        results["reduce_range"] = not supports_vnni()
-        exported, changed = quantize_dynamic(exported, kept_float, reduce_range=results["reduce_range"])
-    results["parity"] = check_parity(model, exported, processor, task, calibration)
-    parameters, nonzero = count_parameters(model)
-    step = StepRecord(
-        technique="quantize",
-        method=scheme,
-        before=Measurement(parameters=parameters, nonzero_parameters=nonzero),
-        after=Measurement(parameters=parameters),
-        modules=changed,
-        skipped=dict.fromkeys(kept_float, "task head" if exclude is None else "excluded"),
-        results=results,
-        seconds=time.perf_counter() - start,
-        source="ONNX Runtime, dynamic quantization",
-    )
-    return step, exported
+def check_options(scheme: str, maker: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Refuse keywords that the scheme does not have.
+
+    Raises:
+        SettingError: An unknown option; the message names those that there are.
+    """
+    parameters = inspect.signature(maker).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "calibration"]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise SettingError(f"{scheme} has no option {name!r}; it has {', '.join(known) or 'none'}.{hint}")
 
 
-def _check_not_inside(model: Any, output_dir: Path | None) -> None:
-    """Refuse an output folder that is, or holds, the model that is read: replacing it would delete the source."""
-    if output_dir is None or not isinstance(model, str | Path) or not Path(model).is_dir():
-        return
-    if Path(model).resolve().is_relative_to(output_dir.resolve()):
-        raise SettingError(f"output_dir {output_dir} holds the model that is read. Choose another folder.")
-
-
-def _float32_if_named(model: Any) -> dict[str, Any]:
-    """Checkpoints are read in float32, which ONNX Runtime quantizes from; exports and models come as they are."""
-    named = isinstance(model, str | Path) and not (Path(model) / EXPORT_MANIFEST).is_file()
-    return {"dtype": torch.float32} if named else {}
-
-
-def _kept_float(model: Any, exclude: str | Sequence[str] | None) -> list[str]:
-    if exclude is None:
-        return head_names(model)
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
-    return list(select_modules(model, (nn.Linear, nn.Embedding), include=patterns)) if patterns else []
-
-
-def _file_bytes(folder: Any, *endings: str) -> int | None:
-    if not isinstance(folder, str | Path) or not Path(folder).is_dir():
-        return None
-    return sum(file.stat().st_size for file in Path(folder).iterdir() if file.name.endswith(endings))
-
-
-def _settings(**given: Any) -> dict[str, Any]:
-    """The keywords that were given, as JSON holds them; data sets by their type's name."""
-    plain = (str, int, float, bool, list, tuple)
-    shown: dict[str, Any] = {}
-    for name, value in given.items():
-        if isinstance(value, str | Path) and Path(value).exists():
-            shown[name] = Path(value).name  # paths of a machine stay out of records
-        elif value is not None:
-            shown[name] = value if isinstance(value, plain) else type(value).__name__
-    return shown
+def _nearest(scheme: Any) -> str:
+    close = difflib.get_close_matches(str(scheme), ["auto", *SCHEMES], 1)
+    return f" Did you mean {close[0]}?" if close else ""

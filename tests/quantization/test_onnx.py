@@ -11,7 +11,9 @@ from transformers.exporters import ExportedModel
 import tiny
 from hfshrink import quantize, report
 from hfshrink.errors import CheckpointError, MissingDependencyError, SettingError, UnsupportedModelError
-from hfshrink.quantization.onnx import check_parity, export_float, quantize_dynamic
+from hfshrink.quantization.graphs.dynamic import quantize_dynamic
+from hfshrink.quantization.graphs.exporting import export_float
+from hfshrink.quantization.graphs.parity import check_parity
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +193,7 @@ def test_compressed_layers_export(bert):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"scheme": "int3"}, "scheme must be one of onnx-fp32, onnx-int8, got 'int3'"),
+        ({"scheme": "int3"}, "scheme must be one of auto, onnx-fp32, onnx-int8.*, got 'int3'"),
         ({"scheme": "onnx-int8", "exclude": "nothing.*"}, r"wildcard 'nothing\.\*' matches none of"),
         ({"scheme": "onnx-int8", "exclude": "*"}, "There is nothing to quantize"),
     ],

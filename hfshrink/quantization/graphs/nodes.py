@@ -1,0 +1,28 @@
+"""Which nodes of a graph hold weights, and which PyTorch modules they came from."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+
+def weight_nodes(program: Any, ops: Sequence[str]) -> list[Any]:
+    """Nodes whose weight operand is a constant float table or matrix, as ONNX Runtime's quantizer takes them."""
+    import onnx_ir
+
+    found = []
+    for node in program.graph:
+        if node.op_type not in ops:
+            continue
+        weight = node.inputs[0 if node.op_type == "Gather" else 1]
+        constant = None if weight is None else weight.const_value
+        if constant is not None and constant.dtype == onnx_ir.DataType.FLOAT and len(constant.shape) == 2:
+            found.append(node)
+    return found
+
+
+def module_of(node: Any) -> str:
+    """The PyTorch module that a node came from: the last scope before the operator's own."""
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    return scopes[-2] if len(scopes) > 1 else node.name
