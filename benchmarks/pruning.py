@@ -76,8 +76,9 @@ ARMS = (
     Arm(
         "movement-90",
         "90 % of the weights, movement",
-        {"sparsity": 0.9, "method": "movement", "scope": "module"},
+        {"sparsity": 0.9, "method": "movement"},
         10,
+        3,
         rates=(1e-4,),
     ),
     Arm("dense", "nothing, trained on in the same way", None, rates=(1e-4,)),

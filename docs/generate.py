@@ -12,6 +12,10 @@ from hfshrink.terminal import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PRUNING = tuple(f"pruning{part}" for part in ("", "_oneshot", "_speed", "_language", "_channels", "_overhead"))
+QUANTIZATION = tuple(
+    f"quantization{part}"
+    for part in ("", "_nodes", "_calibration", "_generation", "_streaming", "_mixed", "_training")
+)
 
 
 def api_page() -> str:
@@ -82,12 +86,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme, guide, pruning = ROOT / "README.md", ROOT / "docs" / "distillation.md", ROOT / "docs" / "pruning.md"
+    readme = ROOT / "README.md"
+    guide, pruning, quantization = (
+        ROOT / "docs" / f"{name}.md" for name in ("distillation", "pruning", "quantization")
+    )
     pages = {
         ROOT / "docs" / "api.md": api_page(),
         readme: with_tables(readme, {"main_job": results("main_job")}),
         guide: with_tables(guide, {"distillation": distillation_summary()}),
         pruning: with_tables(pruning, {name: results(name) for name in PRUNING}),
+        quantization: with_tables(quantization, {name: results(name) for name in QUANTIZATION}),
     }
     for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hfshrink import data
 from hfshrink.errors import SettingError
+from hfshrink.histograms import Histogram
 from hfshrink.loading import find_processor, infer_task
 from hfshrink.modules import select_modules
 
@@ -33,6 +34,8 @@ class ModuleStatistics:
             that Wanda multiplies with the weights.
         squared_gradient: Σ g² over the backward passes, g the gradient of the weight; the weight's shape, float32.
         input_range: Smallest and largest input value.
+        input_absmax: Largest absolute value of each input feature; shape (in,).
+        input_histogram: Of all input values; its size does not depend on their number.
     """
 
     tokens: int = 0
@@ -41,6 +44,8 @@ class ModuleStatistics:
     input_square: Tensor | None = None
     squared_gradient: Tensor | None = None
     input_range: tuple[float, float] | None = None
+    input_absmax: Tensor | None = None
+    input_histogram: Histogram | None = None
 
 
 def batches(
@@ -103,9 +108,10 @@ def collect(
 
     Args:
         model: The model; its mode (train, eval) is the caller's.
-        what: `"input_gram"`, `"input_square"`, `"squared_gradient"` or `"input_range"`: the field that is filled.
-        include: Wildcards of module names. Linear and GPT-2's Conv1D are looked at, for gradients and ranges Conv2d
-            too.
+        what: `"input_gram"`, `"input_square"`, `"input_absmax"`, `"input_range"`, `"input_histogram"` or
+            `"squared_gradient"`: the field that is filled.
+        include: Wildcards of module names. Linear and GPT-2's Conv1D are looked at, for gradients, ranges and
+            histograms Conv2d too.
         exclude: Wildcards of names to leave out.
 
     Yields:
@@ -154,17 +160,30 @@ def _add_range(stats: ModuleStatistics, x: Tensor) -> None:
     stats.input_range = min(low, before[0]), max(high, before[1])
 
 
+def _add_absmax(stats: ModuleStatistics, x: Tensor) -> None:
+    largest = x.abs().amax(dim=0)
+    stats.input_absmax = largest if stats.input_absmax is None else torch.maximum(stats.input_absmax, largest)
+
+
+def _add_histogram(stats: ModuleStatistics, x: Tensor) -> None:
+    stats.input_histogram = stats.input_histogram or Histogram()
+    stats.input_histogram.add(x)
+
+
 _UPDATES: dict[str, Callable[[ModuleStatistics, Tensor], None]] = {
     "input_gram": _add_gram,
     "input_square": _add_square,
+    "input_absmax": _add_absmax,
     "input_range": _add_range,
+    "input_histogram": _add_histogram,
 }
+_PER_FEATURE = ("input_gram", "input_square", "input_absmax")
 
 
 def _types(what: str) -> tuple[type[nn.Module], ...]:
     from transformers.pytorch_utils import Conv1D
 
-    return (nn.Linear, Conv1D) if what in ("input_gram", "input_square") else (nn.Linear, Conv1D, nn.Conv2d)
+    return (nn.Linear, Conv1D) if what in _PER_FEATURE else (nn.Linear, Conv1D, nn.Conv2d)
 
 
 def _watch_inputs(

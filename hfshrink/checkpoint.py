@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
-from hfshrink.layers import LAYER_KINDS, CompressedLayer, LowRankLinear, check_split, empty_layer, fit_heads
+from hfshrink.layers import LAYER_KINDS, CompressedLayer, check_split, empty_layer, fit_heads
 from hfshrink.modules import measure_parameters, replace_module
 from hfshrink.record import StepRecord, append_step, config_of
 
@@ -329,9 +329,10 @@ def _check_loaded(name: str, layer: CompressedLayer, model: Any) -> None:
         raise CheckpointError(
             f"The checkpoint has no fitting {', '.join(missing)} for {name}: it is half-written or foreign."
         )
-    if not isinstance(layer, LowRankLinear):
+    kept = getattr(layer, "kept", None)
+    if kept is not None:
         try:
-            layer.kept()
+            kept()
         except CheckpointError as error:
             raise CheckpointError(f"{error} ({name})") from None
         _check_parts(name, layer, model, CheckpointError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,20 +29,45 @@ def quantize(
     model: Model,
     output_dir: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not exist.")],
     scheme: Annotated[
-        str, typer.Option(help="How to quantize: onnx-int8, or onnx-fp32 for the float baseline.")
-    ] = "onnx-int8",
+        str, typer.Option(help="How to quantize, such as nf4, onnx-int8, openvino-int8; auto looks at the processor.")
+    ] = "auto",
     calibration: Annotated[
-        str | None, typer.Option(help="Data set (Hub id or folder) to check the result on.")
+        str | None, typer.Option(help="Data set (Hub id or folder) to take ranges from, and to check the result on.")
+    ] = None,
+    calibration_split: Annotated[str, typer.Option(help="Split of that data, where it has several.")] = "train",
+    metric: Annotated[str | None, typer.Option(help="With --max-drop: what may fall, measured on that data.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="How far the metric may fall, 0.01 for a point; else modules stay float.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Of the scheme, as name=value; may be repeated: --option group_size=64.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Task, for a config that names no architecture.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
 ) -> None:
-    """Quantize a model into a folder that loads with transformers' ExportedModel."""
+    """Quantize a model into a folder that loads with transformers."""
+    from hfshrink.data import read_dataset
     from hfshrink.quantization import quantize as run
     from hfshrink.record import report as read
 
-    run(model, scheme, output_dir=output_dir, calibration=calibration, task=task, overwrite=overwrite)
+    given: dict[str, Any] = {"metric": metric, "max_drop": max_drop, **_read_options(option or [])}
+    rows = None if calibration is None else read_dataset(calibration, calibration_split)
+    run(model, scheme, output_dir=output_dir, calibration=rows, task=task, overwrite=overwrite, **given)
     typer.echo(read(output_dir))
+
+
+def _read_options(pairs: list[str]) -> dict[str, Any]:
+    """name=value pairs; values are read as JSON where they are (numbers, true, false), else as text."""
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name.isidentifier() and equals):
+            raise SettingError(f"--option takes name=value, such as group_size=64, got {pair!r}.")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 @app.command(epilog="Example: hfshrink distill path/to/teacher path/to/rows small --num-layers 3 --epochs 4")
@@ -173,18 +199,27 @@ def sensitivity(
     model: Model,
     data: Annotated[str, typer.Argument(help="Data set with labels: Hub id or folder of save_to_disk.")],
     structure: Annotated[
-        str, typer.Option(help="unstructured, N:M, heads, neurons, heads+neurons, channels or layers.")
-    ] = "unstructured",
-    method: Annotated[str, typer.Option(help="magnitude or random.")] = "magnitude",
+        str | None,
+        typer.Option(
+            help="Prune: unstructured (the default), N:M, heads, neurons, heads+neurons, channels or layers."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="With --structure: magnitude or random.")] = "magnitude",
+    scheme: Annotated[
+        str | None, typer.Option(help="Quantize instead: int (8, 4, 3 and 2 bits), nf4, bf16 or fp16.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of the data, where it has several.")] = "validation",
     samples: Annotated[int, typer.Option(help="Rows to measure on.")] = 256,
     plot: Annotated[Path | None, typer.Option(help="Heat-map to write, .png or .svg.")] = None,
 ) -> None:
-    """Measure how far the loss rises when one place of a model after the other is pruned."""
+    """Measure how far the loss rises when one place of a model after the other is pruned or quantized."""
+    from hfshrink import pruning, quantization
     from hfshrink.data import read_dataset
     from hfshrink.errors import require
-    from hfshrink.pruning import perturbation
     from hfshrink.sensitivity import PLOT_SUFFIXES, measure_sensitivity
+
+    if scheme is not None and structure is not None:
+        raise SettingError("Give one of --structure, to prune, and --scheme, to quantize.")
 
     if plot is not None:
         if plot.suffix.lower() not in PLOT_SUFFIXES or not plot.parent.is_dir():
@@ -193,7 +228,11 @@ def sensitivity(
                 f"got {str(plot)!r}."
             )
         require("matplotlib", extra="plots")
-    found = measure_sensitivity(model, read_dataset(data, split), perturbation(structure, method), samples=samples)
+    if scheme is None:
+        trial = pruning.perturbation(structure or "unstructured", method)
+    else:
+        trial = quantization.perturbation(scheme)
+    found = measure_sensitivity(model, read_dataset(data, split), trial, samples=samples)
     typer.echo(found)
     if plot is not None:
         found.plot(plot)

@@ -14,6 +14,7 @@ Every message says what was expected, what came, where, and what to do.
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 
 
@@ -40,6 +41,8 @@ class CheckpointError(HfshrinkError, RuntimeError):
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional module, or say which extra brings it.
 
+    OpenVINO and NNCF report their use over the network from their import on; here they are imported without.
+
     Args:
         module: Dotted module name, such as `"onnxruntime"`.
         extra: The extra of hfshrink that installs it, such as `"onnx"`.
@@ -51,11 +54,24 @@ def require(module: str, extra: str) -> ModuleType:
         >>> require("json", extra="onnx").dumps([1])
         '[1]'
     """
+    package = module.partition(".")[0]
+    if package in ("openvino", "nncf"):
+        _stop_telemetry()
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
         raise MissingDependencyError(
             f"This call needs the package {package!r}, which can't be imported ({error}). "
             f"Install it with: pip install 'hfshrink[{extra}]'"
         ) from error
+
+
+def _stop_telemetry() -> None:
+    """Hide OpenVINO's telemetry package, as if it were not installed; where it runs already, it sends nothing more.
+
+    There is no variable that turns it off, and the file that does lies in the user's home.
+    """
+    if sys.modules.setdefault("openvino_telemetry", None) is not None:  # type: ignore[arg-type] # None: no such module
+        from openvino_telemetry.utils.sender import TelemetrySender
+
+        TelemetrySender.send = lambda *_, **__: None

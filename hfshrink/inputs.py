@@ -25,6 +25,8 @@ def input_names(model: Any) -> tuple[list[str], list[str]]:
     """
     if isinstance(model, nn.Module):
         return sorted(accepted_inputs(model) - {"labels"}), []
+    if hasattr(model, "scoring_inputs"):  # a decoder with a cache, which makes up the rest
+        return list(model.scoring_inputs), ["input_ids"]
     if len(model.components) != 1:
         raise UnsupportedModelError(
             f"This export has the graphs {', '.join(model.components)} and is no single call. "
@@ -47,7 +49,7 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             f"The export was traced with {', '.join(needed)}; the data set lacks {', '.join(missing)}. "
             "Encode the rows with the tokenizer that the export was made with (model_input_names)."
         )
-    return {name: tensor.to(model.device) for name, tensor in batch.items() if name in taken}
+    return {name: _as_read(tensor, model) for name, tensor in batch.items() if name in taken}
 
 
 def random_inputs(
@@ -99,7 +101,13 @@ def random_inputs(
         raise UnsupportedModelError(
             f"The export needs {', '.join(missing)}, which can't be made up. Export it with {', '.join(inputs)} only."
         )
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return {name: _as_read(tensor, model) for name, tensor in inputs.items()}
+
+
+def _as_read(tensor: Tensor, model: Any) -> Tensor:
+    """On the model's device; pixels in its dtype, which half precision needs."""
+    is_half = isinstance(model, nn.Module) and getattr(model, "dtype", None) in (torch.bfloat16, torch.float16)
+    return tensor.to(model.device, model.dtype if is_half and tensor.is_floating_point() else None)
 
 
 def image_shape(model: Any, processor: Any = None) -> tuple[int, int, int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, UnsupportedModelError
+from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, UnsupportedModelError, require
 from hfshrink.record import config_of
 from hfshrink.saving import read_config
 
@@ -196,11 +197,35 @@ def _check_folder(source: str | Path) -> None:
 def _load_export(folder: Path, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
     from transformers.exporters import ExportedModel
 
+    from hfshrink.generation import ExportedCausalLM, has_cache
+
+    if _export_format(folder) == "openvino":  # left alone it computes in bfloat16 where the processor has it
+        require("openvino", extra="openvino")
+        kwargs = {"device": "cpu", "config": {"INFERENCE_PRECISION_HINT": "f32"}, **kwargs}
     try:
-        return ExportedModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        exported = ExportedModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+        if not has_cache(exported) or len(exported.components) != 1:
+            return exported
+        parts = (exported.components, exported.export_format, exported.config, exported.generation_config)
+        decoder = ExportedCausalLM(*parts)
+        decoder._runners = exported._runners  # loaded with the caller's options
+        return decoder
+    except TypeError as error:
+        if "Unknown kwargs" not in str(error):
+            raise CheckpointError(f"The export in {folder} can't be read: {error}") from error
+        raise SettingError(f"The export in {folder} can't be loaded with these keywords: {error}") from None
+    except Exception as error:  # of the runtimes: protobuf's and ONNX Runtime's have no common parent
         raise CheckpointError(
             f"The export in {folder} can't be read; it is half-written or corrupt: {error}"
+        ) from error
+
+
+def _export_format(folder: Path) -> Any:
+    try:
+        return dict(json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))).get("export_format")
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{EXPORT_MANIFEST} in {folder} can't be read; it is half-written or corrupt: {error}"
         ) from error
 
 

@@ -44,9 +44,11 @@ def save_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         >>> [file.name for file in (parent / "model").iterdir()]
         ['config.json']
     """
+    from safetensors import SafetensorError
+
     target = Path(folder).expanduser().absolute()
     try:
-        _check_target(target, overwrite)
+        check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         target = target.parent.resolve() / target.name  # links above the folder are the user's; it is none itself
         _remove_leftovers(target)
@@ -57,7 +59,7 @@ def save_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         try:
             yield aside
-        except OSError as error:  # a full disk, most likely
+        except (OSError, SafetensorError) as error:  # a full disk, most likely
             raise CheckpointError(f"Can't write {target}: {error}. It is as it was.") from error
         try:
             _move_into_place(aside, target, overwrite)
@@ -67,7 +69,13 @@ def save_aside(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(folder: str | Path, overwrite: bool = False) -> None:
+    """Refuse a folder that can't be written or replaced; `save_aside` calls it, long work may call it before.
+
+    Raises:
+        CheckpointError: As of `save_aside`.
+    """
+    target = Path(folder).expanduser().absolute()
     if target.is_symlink():
         raise CheckpointError(f"{target} is a symbolic link; give the folder that it points to: {target.resolve()}")
     if target.exists() and not target.is_dir():
@@ -97,7 +105,7 @@ def _remove_leftovers(target: Path) -> None:
 
 
 def _move_into_place(aside: Path, target: Path, overwrite: bool) -> None:
-    _check_target(target, overwrite)  # it may have changed since
+    check_target(target, overwrite)  # it may have changed since
     if not target.exists() or not any(target.iterdir()):
         if target.exists():
             target.rmdir()
@@ -113,8 +121,8 @@ def _move_into_place(aside: Path, target: Path, overwrite: bool) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The `config.json` of a folder, or of a Hub id.
+def read_config(folder: str | Path, **hub: Any) -> dict[str, Any]:
+    """The `config.json` of a folder, or of a Hub id; `hub` goes to the download: `revision`, `token`, ….
 
     Raises:
         CheckpointError: There is none, it is too large, or it is no JSON object.
@@ -124,7 +132,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         from transformers.utils.hub import cached_file
 
         try:
-            path = Path(cached_file(str(folder), "config.json") or "")
+            path = Path(cached_file(str(folder), "config.json", **hub) or "")
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{str(folder)!r} is no folder, and no model of that name can be read: {error}"

@@ -1,4 +1,4 @@
-"""`CompressionTrainer`: distillation and pruning in one training run."""
+"""`CompressionTrainer`: distillation, pruning and training for quantization in one run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ from typing import Any
 from transformers import Trainer
 
 from hfshrink.distillation import DistillationMixin
+from hfshrink.errors import SettingError
 from hfshrink.pruning import PruningMixin
+from hfshrink.quantization.training.trainer import QATMixin
 
 TEACHING = ("teacher", "losses", "teacher_cache", "ema_decay", "on_policy")
 
 
-class CompressionTrainer(DistillationMixin, PruningMixin, Trainer):
-    """Distils and prunes at once; each part is off by default, and then this is the transformers Trainer.
+class CompressionTrainer(DistillationMixin, PruningMixin, QATMixin, Trainer):
+    """Distils, prunes and quantizes at once; each part is off by default, and then this is the transformers Trainer.
 
     Pruned models keep most when a teacher guides them (CoFi, arXiv:2204.00408; oBERT, arXiv:2203.07259), often the
-    dense model itself. Layer losses (`HiddenLoss(layers="nearest")`) follow the student as it shrinks.
+    dense model itself, and so do models of few bits (TernaryBERT, arXiv:2009.12812). Layer losses
+    (`HiddenLoss(layers="nearest")`) follow the student as it shrinks. The teacher computes in float; zeros of pruning
+    stay zeros on the grid of quantization, and units are cut after the weights are folded.
 
     Args:
         teacher: With `losses`, `label_weight` and all that `DistillationMixin` takes.
         pruning: As `PruningMixin` takes it.
+        quantization: As `QATMixin` takes it.
         *args: As for the Trainer.
         **kwargs: As for the Trainer.
+
+    Raises:
+        SettingError: What the parts refuse, or groups of weights that cutting units would tear apart.
 
     Example:
         >>> import copy, tempfile
@@ -48,6 +56,17 @@ class CompressionTrainer(DistillationMixin, PruningMixin, Trainer):
         ):
             kwargs |= {"losses": [], "label_weight": 1.0}
         super().__init__(*args, **kwargs)
+        if self.pruning is not None and self.quantization is not None:
+            _check_groups(self.pruning, self.quantization)
+
+
+def _check_groups(pruning: Any, quantization: Any) -> None:
+    """Inputs that are cut out would move the others into groups whose scale is not theirs."""
+    if quantization.group_size is not None and pruning.is_structured and pruning.cut:
+        raise SettingError(
+            f"group_size={quantization.group_size} and cutting {pruning.structure} don't go together: the inputs that "
+            "stay would change groups. Take group_size=None, or prune first and train with QAT afterwards."
+        )
 
 
 def _has_answers(dataset: Any) -> bool:

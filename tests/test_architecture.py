@@ -13,7 +13,7 @@ import hfshrink
 
 ROOT = Path(hfshrink.__file__).parent
 GROUND = {"errors", "terminal", "measurement", "record", "saving", "modules", "loading", "labels", "data"}
-GROUND |= {"blocks", "inputs", "calibration", "layers", "checkpoint", "sensitivity"}
+GROUND |= {"blocks", "generation", "inputs", "histograms", "calibration", "layers", "checkpoint", "sensitivity"}
 MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
@@ -23,18 +23,20 @@ MAY_IMPORT = {
     "modules": {"errors", "measurement", "record"},
     "blocks": {"errors", "modules"},
     "layers": {"errors"},
-    "loading": {"errors", "modules", "record", "saving"},
+    "generation": {"errors"},
+    "loading": {"errors", "generation", "modules", "record", "saving"},
     "labels": {"errors", "record"},
     "inputs": {"errors", "modules", "record"},
     "data": {"errors", "labels", "modules", "record", "terminal"},
-    "calibration": {"data", "errors", "loading", "modules", "record"},
+    "histograms": {"errors"},
+    "calibration": {"data", "errors", "histograms", "loading", "modules", "record"},
     "checkpoint": {"errors", "layers", "loading", "measurement", "modules", "record", "saving"},
     "sensitivity": {"calibration", "data", "errors", "inputs", "labels", "loading", "modules", "record", "terminal"},
     "evaluation": GROUND - {"blocks", "calibration", "layers", "checkpoint", "sensitivity"},
     "distillation": GROUND | {"evaluation"},
     "pruning": GROUND | {"evaluation"},
     "quantization": GROUND | {"evaluation"},
-    "trainer": GROUND | {"distillation", "pruning"},
+    "trainer": GROUND | {"distillation", "pruning", "quantization"},
     "cards": {"errors", "loading", "measurement", "record", "terminal"},
     "cli": GROUND | {"cards", "distillation", "evaluation", "pruning", "quantization"},
     "__init__": {"checkpoint"},
@@ -87,6 +89,9 @@ def test_public_names():
         "Pruning",
         "PruningMixin",
         "PruningTrainer",
+        "QAT",
+        "QATMixin",
+        "QATTrainer",
         "RelationLoss",
         "augment",
         "cache_teacher",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -138,6 +139,21 @@ class TestInputs:
             for batch in given:
                 network(**batch)
         assert stats[FFN].input_range == (float(kept.min()), float(kept.max()))
+
+    def test_absmax_and_histogram(self, network: nn.Module) -> None:
+        given = [tiny.inputs("bert"), tiny.inputs("bert", seed=1)]
+        seen = module_inputs(network, FFN, given)
+        kept = torch.cat([x[b["attention_mask"] != 0] for x, b in zip(seen, given, strict=True)])
+        found = {}
+        for what in ("input_absmax", "input_histogram"):
+            with collect(network, what, include=FFN) as stats:
+                for batch in given:
+                    network(**batch)
+            found[what] = getattr(stats[FFN], what)
+        assert torch.equal(found["input_absmax"], kept.abs().amax(dim=0))
+        expected, _ = np.histogram(kept.double().numpy(), bins=found["input_histogram"].edges())
+        assert found["input_histogram"].counts.tolist() == expected.tolist()
+        assert (found["input_histogram"].low, found["input_histogram"].high) == (float(kept.min()), float(kept.max()))
 
     def test_masks_given_by_position_and_not_at_all(self, network: nn.Module) -> None:
         batch = tiny.inputs("bert")
@@ -284,7 +300,7 @@ class TestBlock:
 
     def test_settings(self, network: nn.Module) -> None:
         for what, include, match in (
-            ("gram", "*", "what must be one of input_gram, input_square, input_range, squared_gradient, got 'gram'"),
+            ("gram", "*", "what must be one of input_gram, input_square, input_absmax, .*, got 'gram'"),
             ("input_gram", "nowhere*", "The wildcard 'nowhere.' matches none"),
         ):
             with pytest.raises(SettingError, match=match), collect(network, what, include):

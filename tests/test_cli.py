@@ -41,6 +41,20 @@ def test_quantize_then_evaluate_then_report(teacher, tmp_path):
     assert "quantize" in run("report", tmp_path / "small").stdout
 
 
+def test_quantize_takes_options_of_the_scheme(teacher, tmp_path):
+    words = ["quantize", teacher, tmp_path / "small", "--scheme"]
+    done = run(*words, "nf4", "--option", "double_quantisation=false")
+    assert "Did you mean double_quantization" in str(done.exception)
+    assert "--option takes name=value" in str(run(*words, "nf4", "--option", "group_size").exception)
+    done = run(*words, "int8", "--option", 'max_shard_size="4KB"')
+    assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "small").glob("*.safetensors"))) > 1
+
+
+def test_quantize_says_why_auto_chose(teacher, tmp_path):
+    assert "auto took onnx-int8" in run("quantize", teacher, tmp_path / "small").stdout
+
+
 def test_distill_writes_a_plain_folder(teacher, tmp_path):
     words = ["distill", teacher, tmp_path / "rows", tmp_path / "small", "--num-layers", 1, "--epochs", 1]
     done = run(*words, "--teacher-cache", tmp_path / "answers", "--eval-data", tmp_path / "rows")
@@ -123,6 +137,14 @@ def test_sensitivity_prints_the_table_and_plots(teacher, tmp_path):
     assert "prune neurons by magnitude, 4 examples" in done.stdout
     assert "bert.encoder.layer.1.neurons" in done.stdout
     assert (tmp_path / "rises.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sensitivity_of_quantization(teacher, tmp_path):
+    words = ["sensitivity", teacher, tmp_path / "rows", "--split", "train", "--samples", 4, "--scheme", "nf4"]
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert "bert.encoder.layer.0.output.dense" in done.stdout
+    assert "Give one of --structure" in str(run(*words, "--structure", "heads").exception)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,23 @@ def test_the_page_on_pruning_runs_from_top_to_bottom(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
+def test_the_page_on_quantization_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    for name, family in (("model", "bert"), ("causal-lm", "llama")):
+        tiny.model(family).save_pretrained(tmp_path / "path/to" / name)
+        tiny.tokenizer().save_pretrained(tmp_path / "path/to" / name)
+    monkeypatch.chdir(tmp_path)
+    shared, number = run_snippets("docs/quantization.md")
+    assert number == 7
+    assert shared["tokens"].shape == (1, 7)
+    history = {
+        name: shared[name].config.hfshrink["history"][-1] for name in ("exported", "static", "bounded", "model")
+    }
+    assert [step["method"] for step in history.values()] == ["onnx-int8", "onnx-int8-static", "onnx-int8", "mixed"]
+    assert shared["learned"].config.hfshrink["history"][-1]["results"]["ranges_from"] == "training"
+    assert (tmp_path / "path/to/int8/model.safetensors").is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_example_of_pruning_runs():
     """On real weights and rows, of which there must be a copy or a package index."""

@@ -1,9 +1,11 @@
 """`load`: the right Auto class from the architecture, never a guess, and clear errors."""
 
 import json
+import shutil
 
 import pytest
 import transformers
+from torch.utils import _pytree as pytree
 
 import tiny
 from hfshrink import load
@@ -201,6 +203,43 @@ def test_half_written_export(tmp_path):
     (tmp_path / "export.json").write_text('{"export_format": "onnx", "components": {"model": {"file": "model.onnx"}}}')
     with pytest.raises(CheckpointError, match="export in .* half-written or corrupt"):
         load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def saved_export(tmp_path_factory):
+    """A graph by hand: x -> Identity -> last_hidden_state."""
+    onnx_ir = pytest.importorskip("onnx_ir")
+    from transformers.exporters import ExportedComponent, ExportedModel
+    from transformers.exporters.metadata import ExportMetadata
+
+    kind = {"type": onnx_ir.TensorType(onnx_ir.DataType.INT64), "shape": onnx_ir.Shape(["rows", "tokens"])}
+    taken = onnx_ir.Value(name="input_ids", **kind)
+    weight = onnx_ir.Value(name="weight", const_value=onnx_ir.tensor([[1, 2, 3, 4] * 100], name="weight"))
+    node = onnx_ir.node("Add", [taken, weight])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "last", kind["type"], kind["shape"]
+    graph = onnx_ir.Graph([taken], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 18})
+    spec = pytree.treespec_dumps(pytree.tree_structure({"last_hidden_state": 0}))
+    metadata = ExportMetadata(kwargs={"input_ids": {}}, out_spec=spec)
+    parts = {"model": ExportedComponent(onnx_ir.Model(graph, ir_version=10), metadata)}
+    folder = tmp_path_factory.mktemp("export")
+    ExportedModel(parts, "onnx", tiny.model("bert").config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data", "export.json"])
+def test_corrupt_files_of_an_export_are_named(file, saved_export, tmp_path):
+    """protobuf, ONNX Runtime and json raise errors of their own."""
+    pytest.importorskip("onnxruntime")
+    folder = shutil.copytree(saved_export, tmp_path / "export")
+    assert load(folder)[0].config.model_type == "bert"
+    (folder / file).write_bytes(b"[]")
+    with pytest.raises(CheckpointError, match="half-written or corrupt"):
+        load(folder)
+
+
+def test_keywords_of_a_model_are_refused_by_an_export(saved_export):
+    with pytest.raises(SettingError, match="can't be loaded with these keywords: Unknown kwargs .'dtype'"):
+        load(saved_export, dtype="float16")
 
 
 def test_no_model_at_all():

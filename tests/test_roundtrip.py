@@ -17,16 +17,37 @@ import cuts
 import tiny
 from hfshrink.checkpoint import layer_map, set_layers, to_dense
 from hfshrink.errors import SettingError
-from hfshrink.layers import LAYER_KINDS
+from hfshrink.layers import LAYER_KINDS, QuantizedLinear
 from hfshrink.loading import load
 
-CASES = [(family, kind) for kind in ("low_rank", "resized") for family in tiny.CONFIGS] + [("gpt2", "resized_conv1d")]
+KINDS = ("low_rank", "resized", "quantized")
+CASES = [(family, kind) for kind in KINDS for family in tiny.CONFIGS] + [("gpt2", "resized_conv1d")]
 UNTIED = {"gpt2": {"tie_word_embeddings": False}, "resnet": {"num_labels": 4}}
+
+
+def quantized(network: nn.Module, family: str) -> dict[str, QuantizedLinear]:
+    """Random codes of 8, 4, 3 and 2 bits and of NF4, for rows and groups of 5, with and without zero points."""
+    names = list(cuts.kept_indices(family)) if family in cuts.FAMILIES else [cuts.head(network)]
+    generator, layers = torch.Generator().manual_seed(2), {}
+    for number, name in enumerate(names):
+        linear, bits = network.get_submodule(name), (4, 8, 3, 2)[number % 4]
+        shape, size = linear.weight.shape, (None, 5)[number % 2]
+        codes = torch.randint(2**bits, shape, generator=generator)
+        scale = torch.rand(shape[0], 1 if size is None else -(-shape[1] // size), generator=generator) / 2**bits
+        if number % 8 == 0:
+            layers[name] = QuantizedLinear.from_dense(linear, codes, scale, bits=4, codebook="nf4")
+            continue
+        zeros = torch.randint(2**bits, scale.shape, generator=generator) if number % 3 else None
+        layers[name] = QuantizedLinear.from_dense(linear, codes, scale, zeros, bits=bits, group_size=size)
+    return layers
+
+
+MAKERS = {**cuts.MAKERS, "quantized": quantized}
 
 
 def compressed(family: str, kind: str) -> nn.Module:
     network = tiny.model(family, **UNTIED.get(family, {}))
-    set_layers(network, cuts.MAKERS[kind](network, family))
+    set_layers(network, MAKERS[kind](network, family))
     return network
 
 
@@ -39,7 +60,7 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
 
 def test_every_kind_is_made_here() -> None:
     """Convolutions and batch norms go on the same trips in `tests/layers/test_resized_conv.py`."""
-    assert {*cuts.MAKERS, "resized_conv2d", "resized_batch_norm2d"} == set(LAYER_KINDS)
+    assert {*MAKERS, "resized_conv2d", "resized_batch_norm2d"} == set(LAYER_KINDS)
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -68,9 +89,12 @@ def test_load_in_bfloat16(family: str, kind: str, tmp_path: Path) -> None:
     assert loaded.dtype == torch.bfloat16
     indices = [buffer for name, buffer in loaded.named_buffers() if ".kept_" in name]
     assert all(buffer.dtype == torch.int32 for buffer in indices)
-    assert bool(indices) == (kind != "low_rank")
+    assert bool(indices) == kind.startswith("resized")
+    codes = [b for name, b in loaded.named_buffers() if name.endswith((".weight", ".zero_point"))]
+    assert all(buffer.dtype == torch.uint8 for buffer in codes)
+    assert bool(codes) == (kind == "quantized")
     to_dense(network), to_dense(loaded)
-    if kind != "low_rank":  # of low rank the product is rounded once more
+    if kind.startswith("resized"):  # the products of the others are rounded once more
         assert_same_state(network.to(torch.bfloat16), loaded)
 
 
@@ -175,7 +199,7 @@ def test_ignoring_mismatched_sizes_is_refused(tmp_path: Path) -> None:
         load(tmp_path, ignore_mismatched_sizes=True)
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "resized"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loaded", [False, True])
 def test_train_cast_and_save(kind: str, loaded: bool, tmp_path: Path) -> None:
     """Trap 3: what plain models can do, before and after a reload."""
@@ -198,7 +222,8 @@ def test_train_cast_and_save(kind: str, loaded: bool, tmp_path: Path) -> None:
     Trainer(network, arguments, train_dataset=rows).train()
     after = network.state_dict()
     for name in (f"{next(iter(layers))}.weight", f"{next(iter(layers))}.bias"):
-        assert not torch.equal(before[name], after[name]), name
+        is_fixed = kind == "quantized" and name.endswith("weight")  # codes stay, and the rest trains
+        assert torch.equal(before[name], after[name]) == is_fixed, name
     assert all(torch.equal(before[name], after[name]) for name in after if ".kept_" in name)
     assert layer_map(network.half().float()) == layers
     network.half().save_pretrained(tmp_path / "half")

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 from torch import nn
+from transformers import BertForTokenClassification
 
 import tiny
 from hfshrink.errors import SettingError, UnsupportedModelError
@@ -183,3 +184,35 @@ def test_a_model_without_a_loss():
     batch = {**tiny.inputs("bert"), "labels": torch.tensor([0, 1, 0])}
     with pytest.raises(UnsupportedModelError, match="Headless computes no loss from"):
         measure_sensitivity(model, [batch], Shrink())
+
+
+@pytest.mark.parametrize("family", ["bert", "bert-tokens"])
+def test_the_divergence_needs_no_labels_and_equals_a_slow_loop(family):
+    model = tiny.model("bert", num_labels=3)
+    if family == "bert-tokens":
+        model = BertForTokenClassification(model.config).eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = measure_sensitivity(model, [batch], Shrink(), measure="divergence")
+    assert found.dense_loss == 0.0
+    damaged = copy.deepcopy(model)
+    damaged.get_submodule(LINEARS[1]).weight.data.mul_(0.5)
+    total, count = 0.0, 0
+    for row in range(2):
+        given = {name: value[row : row + 1, : mask[row].sum()] for name, value in batch.items()}
+        with torch.no_grad():
+            p, q = (side(**given).logits.flatten(0, -2).double().softmax(-1) for side in (model, damaged))
+        total += float((p * (p / q).log()).sum())
+        count += len(p)
+    assert found.rise(LINEARS[1], 0.5) == pytest.approx(total / count, rel=1e-2)
+    assert found.rise(LINEARS[0], 0.0) == pytest.approx(0.0, abs=1e-8)
+    assert str(found).startswith("divergence from the model as it is, shrink, 2 examples")
+
+
+def test_the_divergence_is_of_classes():
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([0])}
+    with pytest.raises(SettingError, match="measure must be one of loss, divergence, got 'kl'"):
+        measure_sensitivity(tiny.model("bert"), [batch], Shrink(), measure="kl")
+    with pytest.raises(UnsupportedModelError, match="no classes to compare"):
+        measure_sensitivity(tiny.model("bert", num_labels=1), [batch], Shrink(), measure="divergence")

@@ -244,9 +244,7 @@ def _pinned(model: Any, threads: int) -> Callable[..., Any]:
     """Something to call: the model itself, or an export on a fresh runner with fixed threads."""
     if isinstance(model, nn.Module):
         return model
-    from transformers.exporters import ExportedModel
-
-    fresh = ExportedModel(model.components, model.export_format, config=model.config)
+    fresh = type(model)(model.components, model.export_format, config=model.config)
     if str(model.export_format) == "onnx":
         import onnxruntime
 
@@ -255,7 +253,7 @@ def _pinned(model: Any, threads: int) -> Callable[..., Any]:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return fresh.to(session_options=options)
     if str(model.export_format) == "openvino":
-        return fresh.to(config={"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+        return fresh.to("cpu", config={"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
     return fresh.to()
 
 

@@ -3,6 +3,7 @@
 from hfshrink.layers.attention import check_split, fit_heads, scale_heads
 from hfshrink.layers.kinds import LAYER_KINDS, CompressedLayer, empty_layer
 from hfshrink.layers.low_rank import LowRankLinear
+from hfshrink.layers.quantized import QuantizedLinear
 from hfshrink.layers.resized import ResizedLinear
 from hfshrink.layers.resized_conv import ResizedConv2d
 from hfshrink.layers.resized_conv1d import ResizedConv1D
@@ -12,6 +13,7 @@ __all__ = [
     "LAYER_KINDS",
     "CompressedLayer",
     "LowRankLinear",
+    "QuantizedLinear",
     "ResizedBatchNorm2d",
     "ResizedConv1D",
     "ResizedConv2d",

@@ -6,12 +6,13 @@ from typing import Any
 
 from hfshrink.errors import CheckpointError
 from hfshrink.layers.low_rank import LowRankLinear
+from hfshrink.layers.quantized import QuantizedLinear
 from hfshrink.layers.resized import ResizedLinear
 from hfshrink.layers.resized_conv import ResizedConv2d
 from hfshrink.layers.resized_conv1d import ResizedConv1D
 from hfshrink.layers.resized_norm import ResizedBatchNorm2d
 
-CompressedLayer = LowRankLinear | ResizedLinear | ResizedConv1D | ResizedConv2d | ResizedBatchNorm2d
+CompressedLayer = LowRankLinear | ResizedLinear | ResizedConv1D | ResizedConv2d | ResizedBatchNorm2d | QuantizedLinear
 
 LAYER_KINDS: dict[str, type[CompressedLayer]] = {
     "low_rank": LowRankLinear,
@@ -19,9 +20,10 @@ LAYER_KINDS: dict[str, type[CompressedLayer]] = {
     "resized_conv1d": ResizedConv1D,
     "resized_conv2d": ResizedConv2d,
     "resized_batch_norm2d": ResizedBatchNorm2d,
+    "quantized": QuantizedLinear,
 }
 """kind in a spec -> the class of the layer. A class names its `kind`, and in `replaces` the dense class it stands for;
-`dense_shape` is the shape of that one's `weight`. All but the low-rank ones check their indices in `kept()`."""
+`dense_shape` is the shape of that one's `weight`. The resized ones check their indices in `kept()`."""
 
 
 def empty_layer(spec: Any) -> CompressedLayer:

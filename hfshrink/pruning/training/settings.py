@@ -12,6 +12,8 @@ from hfshrink.pruning.training.schedule import SCHEDULES, sparsity_at
 from hfshrink.pruning.units.groups import STRUCTURES
 
 METHODS = ("magnitude", "movement", "soft-movement", "taylor", "fisher", "random")
+INITIAL_SCORES = {"magnitude": 1e-3, "zero": 1e-2}
+"""Where learned scores start -> their learning rate."""
 LEARNED = ("movement", "soft-movement")
 """Methods whose scores are trained beside the weights."""
 
@@ -26,7 +28,7 @@ class Pruning:
         structure: "unstructured", N:M such as "2:4" (2 of 4 neighbours stay), "heads", "neurons", "heads+neurons" or
             "channels".
         method: "magnitude"; "movement" (scores learned by the straight-through gradient w·∂L/∂w, arXiv:2005.07683;
-            ahead of magnitude at 90 % in papers' long runs, far behind in the short ones of docs/pruning.md);
+            ahead of magnitude at 90 % in papers' long runs; docs/pruning.md measures short ones);
             "soft-movement" (the same with the paper's penalty on σ(scores); what goes is decided by rank, so that the
             sparsity is reached, and not by the paper's fixed threshold); "taylor" or "fisher" (running means of the
             scores of single steps, each step with a weight of 0.1); "random", the baseline.
@@ -37,9 +39,12 @@ class Pruning:
         rounds: Jumps of the iterative schedule.
         update_steps: Optimizer steps between two updates of the masks; None makes about fifty updates in a run.
         scope: "global" ranks all modules together, "module" gives each the same sparsity; None takes "module" for
-            learned scores, which drift apart between early and late layers, and "global" for all others.
+            learned scores that start from zero, which drift apart between early and late layers, else "global".
         max_sparsity: With the global scope, no module or group loses more than this share.
-        scores_learning_rate: Of learned scores; it follows the Trainer's learning rate schedule.
+        initial_scores: Where learned scores start: "magnitude", in units of the mean of all that compete, so that
+            learning corrects the order of magnitudes; or "zero", the paper's start, which needs long training.
+        scores_learning_rate: Of learned scores; it follows the Trainer's learning rate schedule. None: 1e-3 from
+            magnitudes, 1e-2 from zero, as in the paper.
         penalty: Weight of the mean of σ(scores) in soft movement, a mean over each module and then over all.
         include: Wildcards of the modules, or of the groups of units.
         exclude: Wildcards of names to leave out.
@@ -67,7 +72,8 @@ class Pruning:
     update_steps: int | None = None
     scope: str | None = None
     max_sparsity: float = 0.98
-    scores_learning_rate: float = 1e-2
+    initial_scores: str = "magnitude"
+    scores_learning_rate: float | None = None
     penalty: float = 1.0
     include: str | Sequence[str] = "*"
     exclude: str | Sequence[str] = ()
@@ -76,7 +82,12 @@ class Pruning:
 
     def __post_init__(self) -> None:
         check_structure(self.structure, ("unstructured", *STRUCTURES))
-        for name, known in (("method", METHODS), ("schedule", SCHEDULES), ("scope", (None, "global", "module"))):
+        for name, known in (
+            ("method", METHODS),
+            ("schedule", SCHEDULES),
+            ("scope", (None, "global", "module")),
+            ("initial_scores", tuple(INITIAL_SCORES)),
+        ):
             if getattr(self, name) not in known:
                 raise SettingError(_unknown(name, getattr(self, name), known))
         object.__setattr__(self, "sparsity", check_sparsity(self.sparsity, self.structure))
@@ -106,6 +117,8 @@ class Pruning:
                 raise SettingError(f"{name} must be a whole number of at least 1, got {value!r}.")
         for name in ("scores_learning_rate", "penalty"):
             value = getattr(self, name)
+            if value is None and name == "scores_learning_rate":
+                continue
             if not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise SettingError(f"{name} must be a number of at least 0, got {value!r}.")
 
@@ -122,7 +135,13 @@ class Pruning:
     @property
     def ranked(self) -> str:
         """What is ranked together: "global" or "module"."""
-        return self.scope or ("module" if self.is_learned else "global")
+        return self.scope or ("module" if self.is_learned and self.initial_scores == "zero" else "global")
+
+    @property
+    def scores_rate(self) -> float:
+        """The learning rate of learned scores."""
+        rate = self.scores_learning_rate
+        return INITIAL_SCORES[self.initial_scores] if rate is None else rate
 
     @property
     def is_structured(self) -> bool:

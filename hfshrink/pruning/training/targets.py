@@ -70,7 +70,19 @@ def make_targets(model: nn.Module, pruning: Pruning) -> list[Target]:
             first = target.places[0]
             shape = first[0].weight.shape if first[2] is None else (len(first[2]),)
             target.learned = nn.Parameter(torch.zeros(shape, device=first[0].weight.device))
+    if pruning.is_learned and pruning.initial_scores == "magnitude":
+        _start_from_magnitudes(found, model)
     return found
+
+
+def _start_from_magnitudes(targets: Sequence[Target], model: nn.Module) -> None:
+    """Set learned scores to magnitudes, in units of the mean of all that compete: they rank as magnitudes do."""
+    for rivals in competitors(targets):
+        found = {target.name: _magnitude(target, model) for target in rivals}
+        mean = sum(float(values.sum()) for values in found.values()) / sum(map(torch.numel, found.values()))
+        for target in rivals:
+            if target.learned is not None and mean > 0:
+                target.learned.data.copy_(found[target.name] / mean)
 
 
 def competitors(targets: Sequence[Target]) -> list[list[Target]]:
@@ -159,8 +171,12 @@ def scores_of(target: Target, model: nn.Module, pruning: Pruning) -> Tensor:
             return torch.zeros(mask.weight.shape if target.group is None else (target.group.units,)).to(mask.weight)
         is_weights = pruning.method == "fisher" and target.group is None
         return scores.fisher(mask.full(), target.gathered) if is_weights else target.gathered
+    return _magnitude(target, model)
+
+
+def _magnitude(target: Target, model: nn.Module) -> Tensor:
     if target.group is None:
-        return mask.full().abs()
+        return target.masks[0].full().abs()
     return scores.unit_magnitude([*unit_slices(model, target.group.writes), *_reads(target)])
 
 

@@ -174,7 +174,7 @@ class PruningMixin(_Trainer):
         learned = [] if self._masks is None else self._masks.learned()
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if learned and not any(id(parameter) in known for parameter in learned):
-            group = {"params": learned, "lr": self.pruning.scores_learning_rate, "weight_decay": 0.0}
+            group = {"params": learned, "lr": self.pruning.scores_rate, "weight_decay": 0.0}
             optimizer.add_param_group(group)
         return optimizer
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hfshrink.errors import SettingError
-from hfshrink.quantization.graphs.exporting import export_float, quiet
+from hfshrink.quantization.graphs.decoder import export_graph
+from hfshrink.quantization.graphs.exporting import quiet
+from hfshrink.quantization.graphs.fusing import fuse_graph
 from hfshrink.quantization.graphs.nodes import module_of, weight_nodes
+from hfshrink.quantization.hardware import processor_features
 
 QUANTIZED_OPS = ("MatMul", "Gemm", "Gather")
 """Operators whose constant weights become int8. Gather is the embedding table.
@@ -23,12 +24,38 @@ logger = logging.getLogger(__name__)
 
 
 def make_dynamic(
-    model: Any, processor: Any, kept_float: Sequence[str], *, calibration: Any = None
+    model: Any,
+    processor: Any,
+    kept_float: Sequence[str],
+    *,
+    calibration: Any = None,
+    fuse: bool = True,
+    reduce_range: bool | None = None,
+    generation: bool | None = None,
 ) -> tuple[Any, list[str], dict[str, Any]]:
-    """The scheme `onnx-int8`."""
-    reduce_range = not supports_vnni()
-    exported, changed = quantize_dynamic(export_float(model, processor), kept_float, reduce_range=reduce_range)
-    return exported, changed, {"reduce_range": reduce_range}
+    """The scheme `onnx-int8`: weights int8 per output channel, activations uint8 with the range of each call.
+
+    Args:
+        model: A float32 model.
+        processor: Its tokenizer or image processor, or None.
+        kept_float: Names of modules that stay float.
+        calibration: Not read; nothing is calibrated.
+        fuse: Rewrite the float parts between the weights into forms with faster kernels (`fuse_graph`). What they
+            compute stays the same.
+        reduce_range: 7-bit weights; None asks the processor (`supports_vnni`).
+        generation: Whether the export generates; None means wherever the model is a causal language model.
+
+    Returns:
+        The export, the names of the modules that became int8, and `reduce_range` and `fused` for the record.
+
+    Raises:
+        SettingError: There is nothing to quantize.
+    """
+    reduce_range = not supports_vnni() if reduce_range is None else reduce_range
+    exported = export_graph(model, processor, generation)
+    fused = fuse_graph(exported.components["model"].program) if fuse else {}
+    exported, changed = quantize_dynamic(exported, kept_float, reduce_range=reduce_range)
+    return exported, changed, {"reduce_range": reduce_range, "fused": fused}
 
 
 def quantize_dynamic(
@@ -48,7 +75,7 @@ def quantize_dynamic(
         SettingError: No node was left to quantize, or none was quantized.
     """
     from onnxruntime.quantization import QuantType
-    from transformers.exporters import ExportedComponent, ExportedModel, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+    from transformers.exporters import ExportedComponent, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
     component = exported.components["model"]
     nodes = {node.name: module_of(node) for node in weight_nodes(component.program, QUANTIZED_OPS)}
@@ -75,13 +102,10 @@ def quantize_dynamic(
     if done < len(changed):
         logger.warning("ONNX Runtime quantized %d of %d nodes; the others stay float.", done, len(changed))
     components = {"model": ExportedComponent(program, component.metadata)}
-    return ExportedModel(components, exported.export_format, config=exported.config), sorted(set(changed))
+    parts = (components, exported.export_format, exported.config, exported.generation_config)
+    return type(exported)(*parts), sorted(set(changed))
 
 
 def supports_vnni() -> bool:
     """Whether 8-bit products are summed in 32 bits here: x86 with VNNI, or a processor that is not x86."""
-    if platform.machine().lower() not in ("x86_64", "amd64", "i686"):
-        return True
-    with contextlib.suppress(OSError):
-        return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return False
+    return platform.machine().lower() not in ("x86_64", "amd64", "i686") or "vnni" in processor_features()

@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,18 +41,44 @@ def export_float(model: Any, processor: Any = None) -> Any:
             exporter = OnnxExporter()
         except ImportError as error:  # it names the package and the version that it needs
             raise MissingDependencyError(f"{error} Or install: pip install 'hfshrink[onnx]'") from error
-        exported = exporter.export(model, {**inputs, **flags}, OnnxConfig(dynamic=True, dynamic_shapes=axes))
+        with fewer_rewrites():
+            exported = exporter.export(model, {**inputs, **flags}, OnnxConfig(dynamic=True, dynamic_shapes=axes))
     exported.config = copy.deepcopy(model.config)  # the exporter hands out the model's own object
     if hasattr(exported.config, "quantization_config"):  # a layer map describes PyTorch modules, not this graph
         del exported.config.quantization_config
+    own_weights(exported)
     return exported
 
 
-def make_float(
-    model: Any, processor: Any, kept_float: Sequence[str], *, calibration: Any = None
-) -> tuple[Any, list[str], dict[str, Any]]:
-    """The float graph, as a scheme; there is nothing to keep in float and nothing to calibrate."""
-    return export_float(model, processor), [], {}
+def own_weights(exported: Any) -> None:
+    """Copy the weights of a fresh export, which the exporter shares with the model: its training would change both."""
+    import onnx_ir
+
+    for component in exported.components.values():
+        for value in component.program.graph.initializers.values():
+            if value.const_value is not None:
+                array = value.const_value.numpy().copy()
+                value.const_value = onnx_ir.tensor(array, dtype=value.const_value.dtype, name=value.name)
+
+
+@contextlib.contextmanager
+def fewer_rewrites() -> Iterator[None]:
+    """Keep onnxscript's optimizer from its rule `SlicesSplit`, whose time grows with the square of the graph.
+
+    For each node it lists all nodes of the graph anew, and it tries every pair of Slices: minutes for 30 layers, to
+    merge two Slices into a Split.
+    """
+    import onnxscript.rewriter
+
+    rules = getattr(onnxscript.rewriter, "_DEFAULT_REWRITE_RULES", None)
+    if rules is None:  # a newer version, with other names
+        yield
+        return
+    try:
+        onnxscript.rewriter._DEFAULT_REWRITE_RULES = tuple(rule for rule in rules if rule.name != "SlicesSplit")
+        yield
+    finally:
+        onnxscript.rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 @contextlib.contextmanager

@@ -23,6 +23,14 @@ def weight_nodes(program: Any, ops: Sequence[str]) -> list[Any]:
 
 
 def module_of(node: Any) -> str:
-    """The PyTorch module that a node came from: the last scope before the operator's own."""
+    """The PyTorch module that a node came from: the last scope before the operator's own.
+
+    A Conv is named after its weight: a batch norm that is merged into it gives the node its own scopes.
+    """
+    if node.op_type == "Conv":
+        maker = node.inputs[1].producer()  # of int8 codes
+        module, dot, _ = (node.inputs[1] if maker is None else maker.inputs[0]).name.rpartition(".weight")
+        if dot:
+            return module
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     return scopes[-2] if len(scopes) > 1 else node.name

@@ -9,46 +9,74 @@ import torch
 from torch import Tensor
 
 from hfshrink.calibration import batches
-from hfshrink.errors import SettingError
+from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode, model_inputs, random_inputs
 from hfshrink.modules import max_positions
 
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 TOKEN_TASKS = ("token-classification", "question-answering", "fill-mask", "text-generation", "feature-extraction")
 PARITY_ROWS = 64
+KEPT_ROWS = 8  # of answers that are held in memory: a vocabulary's logits are large
 RANDOM_LENGTHS = (4, 16, 64, 128)
 
+Answer = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Inputs and outputs by name."""
 
-def check_parity(model: Any, exported: Any, processor: Any, task: str, calibration: Any = None) -> dict[str, Any]:
+
+def check_parity(model: Any, other: Any, processor: Any, task: str, calibration: Any = None) -> dict[str, Any]:
     """Compare an export with the PyTorch model on the same inputs.
 
     Args:
         model: The float model.
-        exported: The export.
+        other: The export.
         processor: Tokenizer or image processor for raw rows.
         task: The model's task.
         calibration: Rows to compare on; None takes seeded random inputs of several lengths and batch sizes.
+
+    Returns:
+        As of `compare_answers`.
+
+    Raises:
+        SettingError: One of the two gives NaN or infinity.
+    """
+    source, feed = _feed(model, processor, calibration, PARITY_ROWS)
+    inputs = (model_inputs(other, batch) for batch in feed)
+    return compare_answers(_answers(model, inputs, source), other, task, source)
+
+
+def float_answers(model: Any, processor: Any, calibration: Any = None) -> tuple[str, list[Answer]]:
+    """What a model answers before it is changed in place, on few rows: for `compare_answers` afterwards.
+
+    Raises:
+        SettingError: It gives NaN or infinity.
+    """
+    source, feed = _feed(model, processor, calibration, KEPT_ROWS)
+    return source, list(_answers(model, (model_inputs(model, batch) for batch in feed), source))
+
+
+def compare_answers(answers: Iterable[Answer], other: Any, task: str, source: str) -> dict[str, Any]:
+    """Compare a float model's answers with those of a quantized model or export.
+
+    Args:
+        answers: (inputs, outputs by name) of the float model.
+        other: The quantized model or export.
+        task: The model's task.
+        source: What the inputs are.
 
     Returns:
         `inputs` (which were used), `rows`, `max_difference` and `mean_difference` of the outputs, `agreement` (share
         of rows, or positions, with the same largest output; None for outputs without classes).
 
     Raises:
-        SettingError: One of the two gives NaN or infinity.
+        SettingError: The quantized model gives NaN or infinity.
     """
-    source, rows, differences, same = "seeded random inputs", 0, [], []
-    if calibration is None:
-        feed: Iterable[dict[str, Tensor]] = _random_feed(model, processor)
-    else:
-        source = "calibration rows"
-        feed = batches(calibration, model, processor, batch_size=8, samples=PARITY_ROWS)
-    with torch.inference_mode(), eval_mode(model):
-        for batch in feed:
-            inputs = model_inputs(exported, batch)
-            outputs, got = model(**inputs), exported(**inputs)
-            for name in (name for name in OUTPUTS if name in outputs):
-                expected, found = (side[name].float().cpu() for side in (outputs, got))
-                _check_finite(expected, found, source)
+    rows, differences, same = 0, [], []
+    with torch.inference_mode(), eval_mode(other):
+        for inputs, outputs in answers:
+            got = other(**inputs)
+            for name, expected in outputs.items():
+                found = got[name].float().cpu()
+                _check_finite("quantized model", found, source)
                 difference, equal = _compare(expected, found, inputs.get("attention_mask"), task)
                 differences.append(difference)
                 same.append(equal)
@@ -63,16 +91,35 @@ def check_parity(model: Any, exported: Any, processor: Any, task: str, calibrati
     }
 
 
+def _feed(model: Any, processor: Any, calibration: Any, rows: int) -> tuple[str, Iterable[dict[str, Tensor]]]:
+    if calibration is None:
+        return "seeded random inputs", _random_feed(model, processor)
+    return "calibration rows", batches(calibration, model, processor, batch_size=8, samples=rows)
+
+
+def _answers(model: Any, feed: Iterable[dict[str, Tensor]], source: str) -> Iterator[Answer]:
+    for inputs in feed:
+        with torch.inference_mode(), eval_mode(model):
+            outputs = model(**inputs)
+            found = {name: outputs[name].float().cpu() for name in OUTPUTS if name in outputs}
+        if not found:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} answers with {', '.join(outputs)}; compared are {', '.join(OUTPUTS)}."
+            )
+        for value in found.values():
+            _check_finite("PyTorch model", value, source)
+        yield inputs, found
+
+
 def _random_feed(model: Any, processor: Any) -> Iterator[dict[str, Tensor]]:
     longest = max_positions(model) or max(RANDOM_LENGTHS)
     for seed, length in enumerate(sorted({min(length, longest) for length in RANDOM_LENGTHS})):
         yield random_inputs(model, seed + 1, length, processor, seed, pairs=True)
 
 
-def _check_finite(expected: Tensor, got: Tensor, source: str) -> None:
-    for who, value in (("PyTorch model", expected), ("export", got)):
-        if not torch.isfinite(value).all():
-            raise SettingError(f"The {who}'s outputs hold NaN or infinity on {source}. Check the model's weights.")
+def _check_finite(who: str, value: Tensor, source: str) -> None:
+    if not torch.isfinite(value).all():
+        raise SettingError(f"The {who}'s outputs hold NaN or infinity on {source}. Check the model's weights.")
 
 
 def _compare(expected: Tensor, got: Tensor, mask: Any, task: str) -> tuple[Tensor, Tensor]:

@@ -51,3 +51,11 @@ def test_other_structures_have_no_pattern():
     assert read_pattern("unstructured") is None
     assert Pruning(0.5, "heads").is_structured
     assert not Pruning(0.5).is_structured
+
+
+def test_learned_scores_start_from_magnitudes_at_a_small_rate():
+    near, far = Pruning(0.5, method="movement"), Pruning(0.5, method="movement", initial_scores="zero")
+    assert (near.ranked, near.scores_rate, far.ranked, far.scores_rate) == ("global", 1e-3, "module", 1e-2)
+    assert Pruning(0.5, method="movement", scores_learning_rate=0.1).scores_rate == 0.1
+    with pytest.raises(SettingError, match="initial_scores must be one of magnitude, zero, got 'ones'"):
+        Pruning(0.5, initial_scores="ones")

@@ -93,3 +93,14 @@ def test_what_no_gradient_reaches_is_worth_nothing(structure, method):
 def test_an_empty_group_is_refused_before_training(scope):
     with pytest.raises(SettingError, match="leaves .* empty|can't be reached"):
         make_targets(tiny.model("bert"), Pruning(0.9, "heads", scope=scope))
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "heads+neurons"])
+def test_scores_that_start_from_magnitudes_rank_as_magnitudes_do(structure):
+    model = tiny.model("bert")
+    learned, plain = (make_targets(model, Pruning(0.5, structure, method)) for method in ("movement", "magnitude"))
+    for rivals, others in zip(competitors(learned), competitors(plain), strict=True):
+        ours = torch.cat([target.learned.detach().flatten() for target in rivals])
+        theirs = torch.cat([scores_of(target, model, Pruning(0.5, structure)).flatten() for target in others])
+        assert ours.mean() == pytest.approx(1, abs=1e-5)
+        assert torch.allclose(ours * theirs.mean(), theirs, atol=1e-6)

@@ -102,16 +102,19 @@ class _Straight(torch.autograd.Function):
         return gradient * mask, gradient * weight, None
 
 
-def test_movement_equals_autograd_through_parametrized_weights():
+@pytest.mark.parametrize("start", ["zero", "magnitude"])
+def test_movement_equals_autograd_through_parametrized_weights(start):
     """The slow way: every weight is computed in the forward pass, and the scores get their gradient by autograd."""
     ours, slow = model(), model()
     how = {"scope": "global", "warmup": 0.0, "cooldown": 0.25, "update_steps": 1, "scores_learning_rate": 0.5}
-    pruning = Pruning(0.5, method="movement", **how)
+    pruning = Pruning(0.5, method="movement", initial_scores=start, **how)
     run(ours, pruning, max_grad_norm=0.0, lr_scheduler_type="constant", train_sampling_strategy="sequential")
 
     names = list(prunable(slow))
     dense = {name: nn.Parameter(slow.get_submodule(name).weight.detach().clone()) for name in names}
-    scores = {name: nn.Parameter(torch.zeros_like(dense[name])) for name in names}
+    mean = torch.cat([weight.detach().abs().flatten() for weight in dense.values()]).mean()
+    first = {name: weight.detach().abs() / mean * (start == "magnitude") for name, weight in dense.items()}
+    scores = {name: nn.Parameter(first[name].clone()) for name in names}
     masks = {name: torch.ones_like(dense[name]) for name in names}
     others = [p for n, p in slow.named_parameters() if n.removesuffix(".weight") not in names]
     for name in names:

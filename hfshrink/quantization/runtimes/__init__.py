@@ -1,0 +1,1 @@
+"""Runtimes besides ONNX Runtime: OpenVINO and ExecuTorch."""
