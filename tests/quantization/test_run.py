@@ -19,6 +19,7 @@ import tiny
 from hfshrink import load, quantize, report
 from hfshrink.checkpoint import set_layers
 from hfshrink.errors import CheckpointError, MissingDependencyError, SettingError, UnsupportedModelError
+from hfshrink.inputs import model_inputs
 from hfshrink.layers import ResizedLinear
 from hfshrink.modules import measure_parameters
 from hfshrink.quantization import SCHEMES, checkpoints, hardware, run
@@ -409,3 +410,13 @@ def test_a_killed_process_goes_on_where_it_stood(folder, tmp_path):
     assert [file.name for file in tmp_path.iterdir() if not file.name.startswith(".out.aside-")] == ["out"]
     whole = quantize(folder, "nf4")
     assert equal_states(AutoModelForSequenceClassification.from_pretrained(target), whole)
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp16"])
+def test_images_are_read_in_the_models_dtype(scheme):
+    model = quantize(tiny.model("resnet"), scheme)
+    inputs = tiny.inputs("resnet")
+    assert report(model).steps[-1].results["parity"]["max_difference"] < 0.05
+    found = model_inputs(model, inputs)["pixel_values"]
+    assert found.dtype == model.dtype
+    assert torch.allclose(found.float(), inputs["pixel_values"], atol=0.02)

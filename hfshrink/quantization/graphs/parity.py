@@ -73,7 +73,7 @@ def compare_answers(answers: Iterable[Answer], other: Any, task: str, source: st
     rows, differences, same = 0, [], []
     with torch.inference_mode(), eval_mode(other):
         for inputs, outputs in answers:
-            got = other(**inputs)
+            got = other(**model_inputs(other, inputs))
             for name, expected in outputs.items():
                 found = got[name].float().cpu()
                 _check_finite("quantized model", found, source)
