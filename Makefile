@@ -25,7 +25,7 @@ format: $(VENV)/ready
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about seven hours on 2 cores; resumes)
+bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about nine hours on 2 cores; resumes)
 	$(RUN) benchmarks/main_job.py
 	$(RUN) benchmarks/distillation.py
 	$(RUN) benchmarks/step_overhead.py
@@ -37,6 +37,14 @@ bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about sev
 	$(RUN) benchmarks/pruning_language.py
 	$(RUN) benchmarks/pruning_channels.py
 	$(RUN) benchmarks/pruning_overhead.py
+	$(RUN) benchmarks/quantization.py
+	$(RUN) benchmarks/quantization.py --time
+	$(RUN) benchmarks/quantization_nodes.py --models --overhead
+	$(RUN) benchmarks/quantization_calibration.py
+	$(RUN) benchmarks/quantization_generation.py
+	$(RUN) benchmarks/quantization_streaming.py
+	$(RUN) benchmarks/quantization_mixed.py
+	$(RUN) benchmarks/quantization_training.py
 	$(RUN) benchmarks/read_by_optimum.py runs/main_job/seed-0/int8
 	$(MAKE) docs
 

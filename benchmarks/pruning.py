@@ -75,17 +75,28 @@ ARMS = (
     Arm("weights-90", "90 % of the weights, magnitude", {"sparsity": 0.9}, 10, 3, rates=(1e-4,)),
     Arm(
         "movement-90",
-        "90 % of the weights, movement",
+        "90 % of the weights, movement from magnitudes",
         {"sparsity": 0.9, "method": "movement"},
         10,
-        3,
+        rates=(1e-4,),
+    ),
+    Arm(
+        "movement-zero-90",
+        "90 % of the weights, movement from zero",
+        {"sparsity": 0.9, "method": "movement", "initial_scores": "zero"},
+        10,
         rates=(1e-4,),
     ),
     Arm("dense", "nothing, trained on in the same way", None, rates=(1e-4,)),
 )
 
 
-PAIRS = (("movement-90", "weights-90"), ("half-taylor", "half-alone"), ("half-taylor", "half-magnitude"))
+PAIRS = (
+    ("movement-90", "weights-90"),
+    ("movement-zero-90", "weights-90"),
+    ("half-taylor", "half-alone"),
+    ("half-taylor", "half-magnitude"),
+)
 """What is compared besides each arm with the dense model."""
 
 
@@ -188,11 +199,7 @@ def render(arms):
     header = ("what goes", "taught by", "epochs, rate", "accuracy", "points − dense [95 %]", "parameters", "MACs ÷")
     text = table(header, rows)
     pairs = {}
-    for name, other in (
-        ("movement-90", "weights-90"),
-        ("half-taylor", "half-alone"),
-        ("half-taylor", "half-magnitude"),
-    ):
+    for name, other in PAIRS:
         if name in found and other in found:
             count = min(found[name]["seeds"], found[other]["seeds"])
             one, two = (folders(next(arm for arm in arms if arm.name == n))[:count] for n in (name, other))

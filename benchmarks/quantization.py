@@ -59,7 +59,7 @@ CONVOLUTIONAL = (
     "openvino-int8",
     "bare-openvino",
 )
-CAUSAL = (*IN_TORCH, "fp4", "onnx-fp32", "onnx-int8", "onnx-int4")
+CAUSAL = (*IN_TORCH, "fp4")  # its graphs are in quantization_generation.py
 VARIANTS = {**dict.fromkeys(TEXTS, ENCODER), "garments": CONVOLUTIONAL, "smollm2": CAUSAL}
 """subject -> what is made of it."""
 NEEDS_DATA = ("onnx-int8-static", "openvino-int8", "onnx-int4")
@@ -71,7 +71,9 @@ def dense(subject):
     if subject == "smollm2":
         return language.dense_model(), transformers.AutoTokenizer.from_pretrained(language.assets.smollm2())
     if subject == "garments":
-        return copy.deepcopy(teacher_of(garments, 0)), None
+        model = copy.deepcopy(teacher_of(garments, 0))
+        model.config.image_size = 28  # a graph has one size; without a config's or a processor's it would be 224
+        return model, None
     return copy.deepcopy(teacher_of(TEXTS[subject], 0)), tokenizer_of_minilm()
 
 
@@ -109,8 +111,6 @@ def make(subject, variant, folder):
         BARE[variant](model, processor, rows, folder)
         return
     options = {"calibration": rows} if variant in NEEDS_DATA else {}
-    if subject == "smollm2" and variant.startswith("onnx"):
-        options["generation"] = False  # one graph, which scores
     hfshrink.quantize(model, variant, output_dir=folder, processor=processor, overwrite=True, **options)
 
 
