@@ -12,8 +12,8 @@ import pytest
 import hfshrink
 
 ROOT = Path(hfshrink.__file__).parent
-GROUND = {"errors", "terminal", "measurement", "record", "saving", "modules", "loading", "labels", "data"}
-GROUND |= {"blocks", "generation", "inputs", "histograms", "calibration", "layers", "checkpoint", "sensitivity"}
+GROUND = {"errors", "terminal", "measurement", "record", "saving", "modules", "loading", "labels", "data", "blocks"}
+GROUND |= {"generation", "mixins", "inputs", "histograms", "calibration", "layers", "checkpoint", "sensitivity"}
 MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "labels": {"errors", "record"},
     "inputs": {"errors", "modules", "record"},
     "data": {"errors", "labels", "modules", "record", "terminal"},
+    "mixins": {"data", "errors", "loading"},
     "histograms": {"errors"},
     "calibration": {"data", "errors", "histograms", "loading", "modules", "record"},
     "checkpoint": {"errors", "layers", "loading", "measurement", "modules", "record", "saving"},

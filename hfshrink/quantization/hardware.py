@@ -75,16 +75,8 @@ RULES = (
     Rule("encoder", "bf16", "on a GPU bfloat16 is the fastest and loses next to nothing", ("cuda",)),
     Rule(
         "encoder",
-        "openvino-int8",
-        "OpenVINO is installed, there is calibration data, and its int8 is the fastest here: 1.4 to 1.7 times ONNX's",
-        ("vnni",),
-        "openvino",
-        calibrated=True,
-    ),
-    Rule(
-        "encoder",
         "onnx-int8",
-        "ONNX Runtime's dynamic int8 uses VNNI: about twice the speed of float32, without data and with little loss",
+        "ONNX Runtime's dynamic int8 uses VNNI, needs no data, and is about as fast as OpenVINO's calibrated int8",
         ("vnni",),
         "onnx",
     ),
@@ -127,19 +119,12 @@ RULES = (
     ),
     Rule("seq2seq", "int8", "on a GPU 8-bit weights halve the memory of bfloat16", ("cuda",), "bnb"),
 )
-"""What `auto` goes by.
-
-Measured on an AMD EPYC with AVX512-VNNI and BF16, one thread, process CPU time, as speed over ONNX Runtime in float32
-at batch 1 / 8. MiniLM-L6 shapes, 128 tokens: ONNX Runtime dynamic int8 1.9 / 2.0; OpenVINO in float32 1.2 / 1.3, in
-bfloat16 1.9 / 2.3, int8 calibrated 2.7 / 3.3, 8-bit weights alone 2.0 / 2.1, 4-bit weights 1.9 / 2.0. ResNet-18
-shapes, 128 pixels: ONNX Runtime static int8 2.7 / 3.7; OpenVINO in float32 1.0 / 1.1, int8 calibrated 2.7 / 4.2.
+"""What `auto` goes by: the table of docs/quantization.md, measured by benchmarks/quantization.py, one thread of an
+AMD EPYC with AVX512-VNNI and BF16. The rows of GPUs, language models and sequence to sequence are judgement.
 """
 
 LAST = "bfloat16 needs no extra package and halves the memory"
-HINTS = (
-    ("encoder", ("vnni",), "openvino", "With calibration=, openvino-int8 is 1.4 to 1.7 times as fast here."),
-    ("conv", (), "onnx", "With calibration=, onnx-int8-static is smaller and faster."),
-)
+HINTS = (("conv", (), "onnx", "With calibration=, onnx-int8-static is smaller and faster."),)
 """(kind, features, extra, what to say) where calibration data is missing and would change the choice."""
 
 SLOWER_THAN_BF16 = {"int8": "1.6", "nf4": "1.2 to 1.5", "fp4": "1.2 to 1.5"}

@@ -9,15 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hfshrink.data import LANGUAGE_TASKS
-from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, UnsupportedModelError
-from hfshrink.loading import infer_task
+from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.measurement import Measurement
+from hfshrink.mixins import add_group, counts_tokens, forget_group, is_sharded, read_state, write_state
 from hfshrink.modules import measure_parameters
 from hfshrink.pruning.training.history import record_training
 from hfshrink.pruning.training.settings import Pruning
@@ -79,8 +76,7 @@ class PruningMixin(_Trainer):
         """What can't work is told before training."""
         if getattr(self.model, "quantization_method", None) is not None and getattr(self.model, "is_quantized", False):
             raise UnsupportedModelError("Quantized weights can't be pruned. Prune the float model, then quantize it.")
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
-        if sharded:
+        if is_sharded(self):
             raise SettingError(
                 "Masks need whole weights on each process: prune with one process or DDP, not FSDP or DeepSpeed."
             )
@@ -92,7 +88,7 @@ class PruningMixin(_Trainer):
         targets = make_targets(self.model, self.pruning)
         if self.pruning.cut:
             check_cut(self.model, [target.group for target in targets if target.group is not None])
-        if not _counts_tokens(self.model):
+        if not counts_tokens(self.model):
             # these losses are means of their batch, whatever number of items they are told: without this the Trainer
             # would not divide by the accumulation steps
             self.model_accepts_loss_kwargs = False
@@ -171,22 +167,13 @@ class PruningMixin(_Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's optimizer, with the learned scores as a group of their own."""
         optimizer = super().create_optimizer(model)
-        learned = [] if self._masks is None else self._masks.learned()
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if learned and not any(id(parameter) in known for parameter in learned):
-            group = {"params": learned, "lr": self.pruning.scores_rate, "weight_decay": 0.0}
-            optimizer.add_param_group(group)
+        if self._masks is not None:
+            add_group(optimizer, self._masks.learned(), lr=self.pruning.scores_rate)
         return optimizer
 
     def _forget_scores(self) -> None:
-        """Take the scores out of the optimizer, which another run would go on using."""
-        own = {id(parameter) for parameter in self._masks.learned()} if self._masks is not None else set()
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if own and optimizer is not None:
-            groups = optimizer.param_groups
-            groups[:] = [group for group in groups if not own & {id(parameter) for parameter in group["params"]}]
-            for parameter in self._masks.learned() if self._masks is not None else ():
-                optimizer.state.pop(parameter, None)  # else the next checkpoint could not be written
+        """Take the scores out of the optimizer."""
+        forget_group(self.optimizer, [] if self._masks is None else self._masks.learned())
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients of what is not hidden, and those of the scores by themselves."""
@@ -223,19 +210,11 @@ class PruningMixin(_Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._masks is not None and self.args.should_save:
-            state = {name: value.cpu().contiguous() for name, value in self._masks.state().items()}
-            save_file(state, str(Path(output_dir) / STATE_FILE))
+            write_state(self._masks.state(), Path(output_dir) / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._masks is not None:
-            try:
-                saved = load_file(str(Path(checkpoint) / STATE_FILE))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{checkpoint} has no readable {STATE_FILE} ({error}), without which the run can't go on exactly. "
-                    "Was it saved with save_only_model, or without pruning=? Start anew."
-                ) from error
-            self._masks.load_state(saved)
+            self._masks.load_state(read_state(Path(checkpoint) / STATE_FILE, "pruning"))
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
@@ -273,11 +252,3 @@ class PruningTrainer(PruningMixin, Trainer):
         >>> model.bert.encoder.layer[0].intermediate.dense.out_features
         3
     """
-
-
-def _counts_tokens(model: Any) -> bool:
-    """Whether a model's own loss divides by the number of items that the Trainer tells it."""
-    try:
-        return infer_task(model) in LANGUAGE_TASKS
-    except HfshrinkError:  # a model of the user's own
-        return False

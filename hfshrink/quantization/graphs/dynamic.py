@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from hfshrink.errors import SettingError
+from hfshrink.generation import has_cache
 from hfshrink.quantization.graphs.decoder import export_graph
+from hfshrink.quantization.graphs.eight_bit import write_eight_bits
 from hfshrink.quantization.graphs.exporting import quiet
 from hfshrink.quantization.graphs.fusing import fuse_graph
-from hfshrink.quantization.graphs.nodes import module_of, weight_nodes
+from hfshrink.quantization.graphs.nodes import fold_transposes, module_of, weight_nodes
 from hfshrink.quantization.hardware import processor_features
 
 QUANTIZED_OPS = ("MatMul", "Gemm", "Gather")
@@ -35,6 +37,8 @@ def make_dynamic(
 ) -> tuple[Any, list[str], dict[str, Any]]:
     """The scheme `onnx-int8`: weights int8 per output channel, activations uint8 with the range of each call.
 
+    A language model that generates gets 8-bit weights and activations in groups of 64 instead, which outliers need.
+
     Args:
         model: A float32 model.
         processor: Its tokenizer or image processor, or None.
@@ -54,6 +58,9 @@ def make_dynamic(
     reduce_range = not supports_vnni() if reduce_range is None else reduce_range
     exported = export_graph(model, processor, generation)
     fused = fuse_graph(exported.components["model"].program) if fuse else {}
+    if has_cache(exported):
+        changed = write_eight_bits(exported, model, kept_float)
+        return exported, changed, {"fused": fused, "activations": "8 bits in groups of 64"}
     exported, changed = quantize_dynamic(exported, kept_float, reduce_range=reduce_range)
     return exported, changed, {"reduce_range": reduce_range, "fused": fused}
 
@@ -78,6 +85,7 @@ def quantize_dynamic(
     from transformers.exporters import ExportedComponent, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
     component = exported.components["model"]
+    fold_transposes(component.program)
     nodes = {node.name: module_of(node) for node in weight_nodes(component.program, QUANTIZED_OPS)}
     excluded = [name for name, module in nodes.items() if module in kept_float]
     changed = [module for name, module in nodes.items() if name not in excluded]

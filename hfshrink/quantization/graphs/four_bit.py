@@ -15,7 +15,7 @@ from hfshrink.calibration import batches, collect
 from hfshrink.errors import SettingError
 from hfshrink.inputs import eval_mode
 from hfshrink.quantization.graphs.decoder import export_graph
-from hfshrink.quantization.graphs.nodes import module_of, weight_nodes
+from hfshrink.quantization.graphs.nodes import fold_transposes, module_of, weight_nodes
 from hfshrink.quantization.graphs.pairs import PairInserter
 from hfshrink.quantization.graphs.rounding import (
     Rounded,
@@ -90,7 +90,7 @@ def make_four_bit(  # noqa: PLR0913 - the keywords are the scheme's options
     grid = Grid(4, group_size, symmetric, accuracy_level)
     writer = FourBitWriter(exported.program, kept_float)
     names = sorted({module_of(node) for node in writer.matrices})
-    head = _head_name(model)
+    head = head_name(model)
     rounded: dict[str, Rounded] = {}
     ratios: dict[str, float] = {}
     if rounding == "gptq":
@@ -117,6 +117,7 @@ class FourBitWriter:
         Raises:
             SettingError: There is nothing.
         """
+        fold_transposes(program)
         self.program, self.edit = program, PairInserter(program)
         nodes = [node for node in weight_nodes(program, ("MatMul", "Gemm")) if module_of(node) not in kept_float]
         self.matrices = [node for node in nodes if _is_plain(node)]
@@ -280,7 +281,7 @@ def _module_weight(module: Any) -> Tensor:
     return weight.T.contiguous() if isinstance(module, Conv1D) else weight
 
 
-def _head_name(model: Any) -> str | None:
+def head_name(model: Any) -> str | None:
     """The output layer over the vocabulary, None where there is none."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None

@@ -34,3 +34,24 @@ def module_of(node: Any) -> str:
             return module
     scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     return scopes[-2] if len(scopes) > 1 else node.name
+
+
+def fold_transposes(program: Any) -> None:
+    """Transpose constant weights for good, in place.
+
+    The exporter's optimizer leaves large ones, such as a vocabulary's, to run time, where no quantizer sees them.
+    """
+    import numpy as np
+    import onnx_ir
+
+    for node in list(program.graph):
+        constant = node.inputs[0].const_value if node.op_type == "Transpose" and node.inputs[0] is not None else None
+        if constant is None:
+            continue
+        order = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
+        array, old = np.ascontiguousarray(np.transpose(constant.numpy(), order)), node.outputs[0]
+        tensor = onnx_ir.tensor(array, name=old.name)
+        new = onnx_ir.Value(name=old.name, shape=onnx_ir.Shape(array.shape), type=old.type, const_value=tensor)
+        onnx_ir.convenience.replace_all_uses_with(old, new)
+        program.graph.remove(node, safe=True)
+        program.graph.register_initializer(new)

@@ -85,10 +85,7 @@ def make_mixed_weights(  # noqa: PLR0913
         name: None if precision.is_float and DTYPES[name] == model.dtype else trial_of(precision, group_size)
         for name, precision in chosen.items()
     }
-    linears = _candidates(model, kept_float)
-    dtype = next((DTYPES[name] for name, precision in chosen.items() if precision.is_float), model.dtype)
-    if dtype == torch.float32 != model.dtype:
-        raise SettingError(f"The model is in {model.dtype}: fp32 can't bring back what was rounded. Take another one.")
+    linears, dtype = _candidates(model, kept_float), _dtype_of(chosen, model.dtype)
     budget = check_budget(budget_bytes, size_ratio, model_bytes(model))
     rest = _rest_bytes(model, linears, dtype)
     sizes = {
@@ -108,14 +105,17 @@ def make_mixed_weights(  # noqa: PLR0913
     set_layers(model, {name: layer.to(dtype) for name, layer in layers.items()})
     if plot is not None:
         plan.plot(plot)
-    facts = {
-        "budget_bytes": budget,
-        "memory_bytes": model_bytes(model),
-        "measure": measure_of(model),
-        "dense_loss": dense_loss,
-        "samples": samples,
-    }
+    facts = {"budget_bytes": budget, "memory_bytes": model_bytes(model), "measure": measure_of(model)}
+    facts |= {"dense_loss": dense_loss, "samples": samples}
     return model, coded, {"plan": plan.to_dict(), **facts}
+
+
+def _dtype_of(chosen: Mapping[str, Precision], own: torch.dtype) -> torch.dtype:
+    """Of all that stays float: that of the one float precision, or the model's own."""
+    dtype = next((DTYPES[name] for name, precision in chosen.items() if precision.is_float), own)
+    if dtype == torch.float32 != own:
+        raise SettingError(f"The model is in {own}: fp32 can't bring back what was rounded. Take another one.")
+    return dtype
 
 
 def check_budget(budget_bytes: Any, size_ratio: Any, total: int) -> int:

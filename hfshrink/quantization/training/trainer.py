@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hfshrink.data import LANGUAGE_TASKS
-from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, UnsupportedModelError
-from hfshrink.loading import infer_task
+from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.measurement import Measurement
+from hfshrink.mixins import add_group, counts_tokens, forget_group, is_sharded, read_state, write_state
 from hfshrink.modules import measure_parameters
 from hfshrink.quantization.training.folding import fake_quantized, learned_ranges
 from hfshrink.quantization.training.history import record_quantization
@@ -86,13 +83,13 @@ class QATMixin(_Trainer):
             raise UnsupportedModelError("Adapters are merged after training, off the grid: merge them first.")
         self._check_arguments()
         make_sites(self.model, self.quantization)
-        if not _counts_tokens(self.model):
+        if not counts_tokens(self.model):
             # these losses are means of their batch, whatever number of items they are told: without this the Trainer
             # would not divide by the accumulation steps
             self.model_accepts_loss_kwargs = False
 
     def _check_arguments(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers:
+        if is_sharded(self):
             raise SettingError(
                 "QAT needs whole weights on each process: train with one process or DDP, not FSDP or DeepSpeed."
             )
@@ -154,37 +151,22 @@ class QATMixin(_Trainer):
             with self._fake.installed():
                 yield
         except Exception:  # auto_find_batch_size begins again on this model, and so may the user
-            self._forget_scales()
+            forget_group(self.optimizer, self._learned_scales())
             self._fake = None
             raise
         finally:
             self.remove_callback(callback)
-            self._forget_scales()
+            forget_group(self.optimizer, self._learned_scales())
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The Trainer's optimizer, with the learned scales as a group of their own."""
         optimizer = super().create_optimizer(model)
-        learned = self._learned_scales()
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if learned and not any(id(parameter) in known for parameter in learned):
-            rate = self.quantization.scale_learning_rate
-            optimizer.add_param_group(
-                {"params": learned, "weight_decay": 0.0, **({} if rate is None else {"lr": rate})}
-            )
+        rate = self.quantization.scale_learning_rate if self.quantization is not None else None
+        add_group(optimizer, self._learned_scales(), **({} if rate is None else {"lr": rate}))
         return optimizer
 
     def _learned_scales(self) -> list[nn.Parameter]:
         return [] if self._fake is None else self._fake.learned()
-
-    def _forget_scales(self) -> None:
-        """Take the scales out of the optimizer, which another run would go on using."""
-        own = {id(parameter) for parameter in self._learned_scales()}
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if own and optimizer is not None:
-            groups = optimizer.param_groups
-            groups[:] = [group for group in groups if not own & {id(parameter) for parameter in group["params"]}]
-            for parameter in self._learned_scales():
-                optimizer.state.pop(parameter, None)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip the gradients of the model, and those of the scales by themselves."""
@@ -241,8 +223,7 @@ class QATMixin(_Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._fake is not None and self.args.should_save:
-            state = {name: value.cpu().contiguous() for name, value in self._fake.state().items()}
-            save_file(state, str(Path(output_dir) / STATE_FILE))
+            write_state(self._fake.state(), Path(output_dir) / STATE_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -255,16 +236,8 @@ class QATMixin(_Trainer):
         self._load_quantization(self.state.best_model_checkpoint)
 
     def _load_quantization(self, checkpoint: str) -> None:
-        if self._fake is None:
-            return
-        try:
-            saved = load_file(str(Path(checkpoint) / STATE_FILE))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{checkpoint} has no readable {STATE_FILE} ({error}), without which the run can't go on exactly. "
-                "Was it saved with save_only_model, or without quantization=? Start anew."
-            ) from error
-        self._fake.load_state(saved)
+        if self._fake is not None:
+            self._fake.load_state(read_state(Path(checkpoint) / STATE_FILE, "quantization"))
 
 
 class _AroundStep(TrainerCallback):
@@ -302,11 +275,3 @@ class QATTrainer(QATMixin, Trainer):
         >>> len(weight.unique()) <= 16
         True
     """
-
-
-def _counts_tokens(model: Any) -> bool:
-    """Whether a model's own loss divides by the number of items that the Trainer tells it."""
-    try:
-        return infer_task(model) in LANGUAGE_TASKS
-    except HfshrinkError:  # a model of the user's own
-        return False
