@@ -25,7 +25,7 @@ format: $(VENV)/ready
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/ready  ## The tables of README and docs, measured anew (about nine hours on 2 cores; resumes)
+bench: $(VENV)/ready  ## The tables of README and docs, measured anew (hours on 2 cores; resumes)
 	$(RUN) benchmarks/main_job.py
 	$(RUN) benchmarks/distillation.py
 	$(RUN) benchmarks/step_overhead.py
