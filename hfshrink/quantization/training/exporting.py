@@ -63,21 +63,14 @@ def apply_learned(exported: Any, model: Any, kept_float: Sequence[str] = ()) -> 
     ranges, scales = found
     if any(scale.shape[1] > 1 for scale in scales.values()):
         raise SettingError("Weights in groups have no int8 nodes: train with QAT(group_size=None).")
-    names = _graph_names(exported)
     scales = {name: _scale_in_graph(exported, model, name, scale.flatten()) for name, scale in scales.items()}
-    there = {name: limits for name, limits in ranges.items() if name not in names or names[name] is not None}
+    left = _left_in_float(exported)
+    there = {name: limits for name, limits in ranges.items() if name not in left}
     if len(there) < len(ranges):
         kept = ", ".join(sorted(set(ranges) - set(there)))
         logger.warning("The graph keeps %s in float, though trained in 8 bits.", kept)
-    shown = {name: names.get(name) or name for name in ranges}
-    quantized, changed = apply_ranges(
-        exported,
-        {shown[name]: limits for name, limits in there.items()},
-        {shown.get(name, name): scale for name, scale in scales.items() if name in there or name not in ranges},
-        [shown.get(name, name) for name in kept_float],
-    )
-    back = {new: old for old, new in shown.items()}
-    return quantized, sorted(back.get(name, name) for name in changed)
+    scales = {name: scale for name, scale in scales.items() if name in there or name not in ranges}
+    return apply_ranges(exported, there, scales, kept_float)
 
 
 def _convolutions(exported: Any) -> dict[str, Any]:
@@ -86,14 +79,11 @@ def _convolutions(exported: Any) -> dict[str, Any]:
     return {node.inputs[1].name.removesuffix(".weight"): node for node in nodes if node.inputs[1].name is not None}
 
 
-def _graph_names(exported: Any) -> dict[str, str | None]:
-    """PyTorch module of a convolution -> what the graph calls it; None where the graph leaves it in float."""
-    from hfshrink.quantization.graphs.nodes import module_of
+def _left_in_float(exported: Any) -> set[str]:
+    """Convolutions that the 8-bit graph leaves in float, such as a lone one of image patches."""
     from hfshrink.quantization.graphs.targets import find_targets
 
-    known = {target.module for target in find_targets(exported.components["model"].program)}
-    shown = {name: module_of(node) for name, node in _convolutions(exported).items()}
-    return {name: (new if new in known else name if name in known else None) for name, new in shown.items()}
+    return set(_convolutions(exported)) - {t.module for t in find_targets(exported.components["model"].program)}
 
 
 def _scale_in_graph(exported: Any, model: Any, name: str, scale: Tensor) -> Tensor:
