@@ -1,4 +1,4 @@
-"""Every scheme of `quantize` on five models: bytes, accuracy and time against float and the libraries' bare calls.
+"""Every scheme of `quantize` on six models: bytes, accuracy and time against float and the libraries' bare calls.
 
 Variants are made and scored one by one and kept in runs/quantization; what is there is skipped, so that the script
 can be stopped and started again. `--time` then measures all variants of a subject interleaved in one run, one
@@ -23,6 +23,7 @@ import pruning_language as language
 import transformers
 from common import ROOT, be_quiet, save
 from distillation_data import bbc, garments, movie, tagged_addresses, tokenizer_of_minilm
+from efficientnet_lite import enlarged_garments
 from quantization_bare import BARE
 
 import hfshrink
@@ -34,6 +35,7 @@ from hfshrink.terminal import table
 RUNS = ROOT / "runs" / "quantization"
 SAMPLES = 128  # calibration rows
 TEXTS = {"movie": movie, "bbc": bbc, "addresses": tagged_addresses}
+IMAGES = {"garments": garments, "efficientnet": enlarged_garments}
 IN_TORCH = ("torch-fp32", "bf16", "int8", "nf4")
 ENCODER = (
     *IN_TORCH,
@@ -60,7 +62,7 @@ CONVOLUTIONAL = (
     "bare-openvino",
 )
 CAUSAL = (*IN_TORCH, "fp4")  # its graphs are in quantization_generation.py
-VARIANTS = {**dict.fromkeys(TEXTS, ENCODER), "garments": CONVOLUTIONAL, "smollm2": CAUSAL}
+VARIANTS = {**dict.fromkeys(TEXTS, ENCODER), **dict.fromkeys(IMAGES, CONVOLUTIONAL), "smollm2": CAUSAL}
 """subject -> what is made of it."""
 NEEDS_DATA = ("onnx-int8-static", "openvino-int8", "onnx-int4")
 LENGTHS = {"movie": 64, "bbc": 128, "addresses": 32, "smollm2": 128}
@@ -70,9 +72,10 @@ def dense(subject):
     """A float model and its tokenizer; schemes of PyTorch change it."""
     if subject == "smollm2":
         return language.dense_model(), transformers.AutoTokenizer.from_pretrained(language.assets.smollm2())
-    if subject == "garments":
-        model = copy.deepcopy(teacher_of(garments, 0))
-        model.config.image_size = 28  # a graph has one size; without a config's or a processor's it would be 224
+    if subject in IMAGES:
+        model = copy.deepcopy(teacher_of(IMAGES[subject], 0))
+        if subject == "garments":
+            model.config.image_size = 28  # a graph has one size; without a config's or a processor's it would be 224
         return model, None
     return copy.deepcopy(teacher_of(TEXTS[subject], 0)), tokenizer_of_minilm()
 
@@ -83,7 +86,7 @@ def rows_of(subject, split):
             return language.test_rows()
         ids = language.tokens(language.assets.bbc_news()["train"]["text"], *language.CALIBRATION).tolist()
         return datasets.Dataset.from_dict({"input_ids": ids, "labels": ids})
-    return {**TEXTS, "garments": garments}[subject]().rows[split]
+    return {**TEXTS, **IMAGES}[subject]().rows[split]
 
 
 def metric_of(subject):
@@ -142,6 +145,13 @@ def loaded(folder, length):
     return {name: found[name] for name in ("loaded_bytes", "peak_memory_bytes")}
 
 
+def measure_memory(subject):
+    """Loaded memory of all variants that are there, anew."""
+    for kept in sorted((RUNS / subject).glob("*/result.json")):
+        found = json.loads(kept.read_text()) | loaded(kept.parent / "model", LENGTHS.get(subject, 1))
+        kept.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def measure_times(subject, repeats):
     """CPU and wall milliseconds of all variants that are there, interleaved."""
     folders = {variant: RUNS / subject / variant / "model" for variant in VARIANTS[subject]}
@@ -177,6 +187,7 @@ TITLES = {
     "bbc": "MiniLM-L6, BBC news, 128 tokens",
     "addresses": "MiniLM-L6, tags of addresses, 32 tokens",
     "garments": "ResNet, Fashion-MNIST",
+    "efficientnet": "EfficientNet-Lite0, Fashion-MNIST enlarged to 128 × 128 pixels",
     "smollm2": "SmolLM2-135M, perplexity (lower is better), 128 tokens",
 }
 NOTE = (
@@ -217,15 +228,18 @@ def main():
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--variants", nargs="+", help="of these subjects")
     parser.add_argument("--time", action="store_true", help="measure times of what is there")
+    parser.add_argument("--memory", action="store_true", help="measure memory of what is there anew")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--render", action="store_true", help="make nothing: write the tables of what is there")
     options = parser.parse_args()
     be_quiet()
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    for subject in () if options.render or options.time else options.only:
+    for subject in () if options.render or options.time or options.memory else options.only:
         for variant in VARIANTS[subject]:
             if options.variants is None or variant in options.variants:
                 run(subject, variant)
+    for subject in options.only if options.memory else ():
+        measure_memory(subject)
     for subject in options.only if options.time else ():
         measure_times(subject, options.repeats)
     render()

@@ -17,7 +17,7 @@ from hfshrink.errors import SettingError
 from hfshrink.evaluation.profiling import weight_bytes
 from hfshrink.loading import HUB_KEYWORDS, infer_task, load_processor
 from hfshrink.measurement import Measurement
-from hfshrink.modules import measure_parameters
+from hfshrink.modules import measure_parameters, memory_bytes
 from hfshrink.quantization.graphs.parity import compare_answers, float_answers
 from hfshrink.quantization.request import Request
 from hfshrink.quantization.schemes import check_options, check_scheme, options_of
@@ -25,11 +25,12 @@ from hfshrink.quantization.search.guard import guard
 from hfshrink.quantization.weights.bits import load_bits
 from hfshrink.quantization.weights.choice import BITS, held_method
 from hfshrink.quantization.weights.foreign import method_of, quantize_with_config
-from hfshrink.quantization.weights.packing import to_bytes
-from hfshrink.quantization.weights.sources import find_folder
 from hfshrink.quantization.weights.streaming import CASTS, stream_weights
 from hfshrink.record import StepRecord, append_step, model_name, report
 from hfshrink.saving import read_config, save_aside
+from hfshrink.streaming.shards import to_bytes
+from hfshrink.streaming.skeleton import count_names
+from hfshrink.streaming.sources import find_folder
 
 STREAMED = (*BITS, *CASTS)
 """Schemes that need one tensor at a time."""
@@ -149,12 +150,6 @@ def _stream(request: Request, folder: Path) -> Path:
     return folder
 
 
-def count_names(skeleton: Any) -> int:
-    """Parameters of a model, which may lie on meta, tied ones once."""
-    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
-    return sum(parameter.numel() for name, parameter in skeleton.named_parameters() if name not in tied)
-
-
 def _while_loading(request: Request) -> Made:
     how: dict[str, Any] = {"exclude": request.exclude, "trust_remote_code": request.trust_remote_code}
     before = Measurement(parameters=count_names(request.skeleton()))
@@ -180,7 +175,7 @@ def _in_memory(request: Request) -> Made:
     if row.reads_calibration:
         how |= {"calibration": request.calibration, "processor": request.processor}
     results: dict[str, Any] = {}
-    before = dataclasses.replace(measure_parameters(model), memory_bytes=model.get_memory_footprint())
+    before = dataclasses.replace(measure_parameters(model), memory_bytes=memory_bytes(model))
     if request.max_drop is not None:
         make = _on_copies(maker, how)
         bound = (infer_task(model, request.task), request.calibration, request.metric, request.max_drop)
@@ -224,7 +219,7 @@ def _run(request: Request, way: Callable[[Request], Made]) -> Any:
             before=dataclasses.replace(made.before, size_bytes=request.source_bytes()),
             after=Measurement(
                 parameters=made.before.parameters,
-                memory_bytes=model.get_memory_footprint(),
+                memory_bytes=memory_bytes(model),
                 size_bytes=None if folder is None else weight_bytes(folder),
             ),
             modules=made.modules,

@@ -12,10 +12,10 @@ import torch
 from hfshrink.errors import MissingDependencyError, SettingError
 from hfshrink.loading import HUB_KEYWORDS, load
 from hfshrink.quantization.plain import plain
-from hfshrink.quantization.weights.bits import empty_model
 from hfshrink.quantization.weights.choice import check_unquantized, choose_layers, kept_names, linear_layers
 from hfshrink.quantization.weights.exactness import be_quiet, keep_exact
 from hfshrink.saving import read_config
+from hfshrink.streaming.sources import empty_model
 
 PACKAGES = {
     "aqlm": ("aqlm", "aqlm[gpu]"),

@@ -1,12 +1,15 @@
 """transformers' own quantization configs: used, recorded without secrets, refused where they can't run."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
+import hfshrink
 import tiny
 from hfshrink.errors import MissingDependencyError, SettingError, UnsupportedModelError
 from hfshrink.quantization.weights.bits import load_bits, quantize_nf4
@@ -161,3 +164,20 @@ def test_the_record_holds_no_objects_secrets_or_paths(tmp_path):
 def test_a_float_model_has_no_changed_layers():
     assert changed_layers(tiny.model("bert")) == []
     assert changed_layers(tiny.model("gpt2")) == []
+
+
+def test_torchao_configs_give_the_bits_of_its_own_call_and_reload(folder, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization", reason="the package torchao is not installed")
+    for kind in (quantization.Int8DynamicActivationInt8WeightConfig, quantization.Int8WeightOnlyConfig):
+        bare, inputs = hfshrink.load(folder)[0], tiny.inputs("bert")
+        quantization.quantize_(bare, kind())
+        found = hfshrink.quantize(folder, transformers.TorchAoConfig(kind()), output_dir=tmp_path / kind.__name__)
+        reloaded = hfshrink.load(tmp_path / kind.__name__)[0]
+        expected = tiny.logits(bare, inputs)
+        assert torch.equal(tiny.logits(found, inputs), expected)
+        assert torch.equal(tiny.logits(reloaded, inputs), expected)
+        step = hfshrink.report(found).steps[-1]
+        file = load_file(tmp_path / kind.__name__ / "model.safetensors")
+        assert len(step.modules) == sum(isinstance(module, torch.nn.Linear) for module in found.modules())
+        buffers = sum(buffer.nbytes for buffer in found.buffers())  # of positions: not saved
+        assert step.after.memory_bytes == sum(tensor.nbytes for tensor in file.values()) + buffers
