@@ -78,6 +78,7 @@ ARMS = (
         "90 % of the weights, movement from magnitudes",
         {"sparsity": 0.9, "method": "movement"},
         10,
+        3,
         rates=(1e-4,),
     ),
     Arm(

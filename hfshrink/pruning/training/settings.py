@@ -37,7 +37,7 @@ class Pruning:
         cooldown: Share of all steps after the last change, to recover.
         initial_sparsity: Sparsity where the schedule starts.
         rounds: Jumps of the iterative schedule.
-        update_steps: Optimizer steps between two updates of the masks; None makes about fifty updates in a run.
+        update_steps: Optimizer steps between two updates of the masks; None makes about 25 updates in a run.
         scope: "global" ranks all modules together, "module" gives each the same sparsity; None takes "module" for
             learned scores that start from zero, which drift apart between early and late layers, else "global".
         max_sparsity: With the global scope, no module or group loses more than this share.

@@ -20,7 +20,7 @@ from hfshrink.pruning.training.targets import (
 )
 from hfshrink.pruning.units.weights import matrix
 
-UPDATES = 50
+UPDATES = 25
 """Updates of the masks in a run, where the settings don't say how often."""
 
 
