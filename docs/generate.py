@@ -16,6 +16,7 @@ QUANTIZATION = tuple(
     f"quantization{part}"
     for part in ("", "_nodes", "_calibration", "_generation", "_streaming", "_mixed", "_training")
 )
+FACTORIZATION = tuple(f"factorization{part}" for part in ("", "_language", "_speed"))
 
 
 def api_page() -> str:
@@ -87,15 +88,19 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
-    guide, pruning, quantization = (
-        ROOT / "docs" / f"{name}.md" for name in ("distillation", "pruning", "quantization")
-    )
+    guides = {
+        name: ROOT / "docs" / f"{name}.md" for name in ("distillation", "pruning", "quantization", "factorization")
+    }
+    texts = {
+        "distillation": {"distillation": distillation_summary()},
+        "pruning": {name: results(name) for name in PRUNING},
+        "quantization": {name: results(name) for name in QUANTIZATION},
+        "factorization": {name: results(name) for name in FACTORIZATION},
+    }
     pages = {
         ROOT / "docs" / "api.md": api_page(),
         readme: with_tables(readme, {"main_job": results("main_job")}),
-        guide: with_tables(guide, {"distillation": distillation_summary()}),
-        pruning: with_tables(pruning, {name: results(name) for name in PRUNING}),
-        quantization: with_tables(quantization, {name: results(name) for name in QUANTIZATION}),
+        **{path: with_tables(path, texts[name]) for name, path in guides.items()},
     }
     for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:

@@ -1,4 +1,4 @@
-"""The compression extension of Hugging Face transformers: distil, quantize, measure, publish.
+"""The compression extension of Hugging Face transformers: distil, prune, quantize, factorize, measure, publish.
 
 Importing the package registers its checkpoint loader with transformers; everything else is imported when it is first
 used.
@@ -37,6 +37,7 @@ _HOMES = {
     "compare": "evaluation",
     "distill": "distillation",
     "evaluate": "evaluation",
+    "factorize": "factorization",
     "filter_by_teacher": "distillation",
     "generate_texts": "distillation",
     "load": "loading",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hfshrink.errors import UnsupportedModelError
 from hfshrink.modules import layer_stack
@@ -108,8 +109,8 @@ def head_size(model: Any) -> int:
 
 
 def input_axis(module: nn.Module) -> int:
-    """The axis of a weight that meets the input: 1 in a Linear (out, in), 0 in GPT-2's Conv1D (in, out)."""
-    return 1 if isinstance(module, nn.Linear) else 0
+    """The axis of a weight that meets the input: 0 in GPT-2's Conv1D (in, out), 1 in all others (out or rank, in)."""
+    return 0 if isinstance(module, Conv1D) else 1
 
 
 def spread_layers(depth: int, num_layers: int) -> list[int]:

@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
-from hfshrink.layers import LAYER_KINDS, CompressedLayer, check_split, empty_layer, fit_heads
+from hfshrink.layers import LAYER_KINDS, CompressedLayer, check_parts, check_place, empty_layer, fit_heads
 from hfshrink.modules import measure_parameters, replace_module
 from hfshrink.record import StepRecord, append_step, config_of
 
@@ -93,7 +93,7 @@ class HfshrinkQuantizer(HfQuantizer):
         modules = dict(model.named_modules())
         for name, spec in found.items():
             dense, layer = modules[name], _empty(name, spec)
-            _check_place(name, dense, layer, model, CheckpointError)
+            check_place(name, dense, layer, model, CheckpointError)
             replace_module(model, name, layer.to(dense.weight.dtype))
         fit_heads(model)
         self.quantization_config.layers = found
@@ -166,7 +166,7 @@ def set_layers(model: Any, layers: Mapping[str, CompressedLayer]) -> None:
     for name, layer in layers.items():
         if name not in modules:
             raise SettingError(f"{type(model).__name__} has no module called {name!r}.")
-        _check_place(name, modules[name], layer, model, SettingError)
+        check_place(name, modules[name], layer, model, SettingError)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     fit_heads(model)
@@ -281,44 +281,6 @@ def _resolve_names(layers: Mapping[str, Any], model: Any) -> dict[str, Any]:
     return found
 
 
-def _check_place(name: str, old: nn.Module, layer: Any, model: Any, error: type[Exception]) -> None:
-    """Raise `error` where `layer` can't stand for the module `old`."""
-    compressed: Any = tuple(LAYER_KINDS.values())
-    if not isinstance(layer, compressed):
-        raise error(f"Expected a layer of kind {', '.join(LAYER_KINDS)} for {name}, got {type(layer).__name__}.")
-    if not issubclass(getattr(old, "replaces", type(old)), layer.replaces):
-        raise error(
-            f"Only a {layer.replaces.__name__} can be replaced by a {type(layer).__name__}, "
-            f"got {type(old).__name__} ({name})."
-        )
-    shape = old.dense_shape if isinstance(old, compressed) else getattr(old.weight, "shape", ())
-    if tuple(layer.dense_shape) != tuple(shape):
-        raise error(
-            f"A {type(layer).__name__} for a weight of shape {tuple(layer.dense_shape)} can't replace one of shape "
-            f"{tuple(shape)} ({name}). A layer that was resized before is replaced by way of to_dense."
-        )
-    if (layer.bias is None) != (old.bias is None):
-        raise error(
-            f"The {type(layer).__name__} for {name} has {'no' if layer.bias is None else 'a'} bias, the "
-            f"{type(old).__name__} there has {'none' if old.bias is None else 'one'}."
-        )
-    _check_parts(name, layer, model, error)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if f"{name}.weight" in {*tied, *tied.values()}:
-        raise error(
-            f"The weight of {name} is tied to another one and must keep its shape. Leave it out: exclude={name!r}."
-        )
-
-
-def _check_parts(name: str, layer: Any, model: Any, error: type[Exception]) -> None:
-    """Raise `error` where the parts of a fused q, k and v kept different features."""
-    parent, _, child = name.rpartition(".")
-    try:
-        check_split(model.get_submodule(parent), child, layer)
-    except SettingError as problem:
-        raise error(f"{problem} ({name})") from None
-
-
 def _check_loaded(name: str, layer: CompressedLayer, model: Any) -> None:
     """Raise `CheckpointError` where a tensor of a layer was not in the checkpoint, or its indices are corrupt."""
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
@@ -335,7 +297,7 @@ def _check_loaded(name: str, layer: CompressedLayer, model: Any) -> None:
             kept()
         except CheckpointError as error:
             raise CheckpointError(f"{error} ({name})") from None
-        _check_parts(name, layer, model, CheckpointError)
+        check_parts(name, layer, model, CheckpointError)
 
 
 def _drop_quantizer(model: Any) -> None:

@@ -194,6 +194,44 @@ def _pruned(model: Any, processor: Any, structure: str, rows: Any, how: dict[str
     return run(model, structure=structure, calibration=rows, cut=cut, **how), processor
 
 
+@app.command(
+    epilog="Example: hfshrink factorize path/to/model small --rank-ratio 0.7 --calibration path/to/rows"
+)
+def factorize(
+    model: Model,
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not exist.")],
+    rank_ratio: Annotated[float | None, typer.Option(help="Kept share of each weight's parameters.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The same rank for all.")] = None,
+    energy: Annotated[float | None, typer.Option(help="Share of its energy that each weight keeps.")] = None,
+    max_parameters: Annotated[int | None, typer.Option(help="Budget: parameters of the whole model.")] = None,
+    max_size_bytes: Annotated[int | None, typer.Option(help="Budget: bytes of all saved tensors.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Budget: how far --metric may fall on the calibration rows, 0.01 for a point.")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="With --max-drop; the task's main one when left out.")] = None,
+    weighting: Annotated[
+        str | None, typer.Option(help="none, activation, fisher or fisher+activation; activation with data.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Data set: Hub id or folder of save_to_disk; none reads file to file.")
+    ] = None,
+    calibration_split: Annotated[str, typer.Option(help="Split of that data, where it has several.")] = "train",
+    form: Annotated[str, typer.Option(help="Of convolutions: channel, separable or tucker.")] = "channel",
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in the folder.")] = False,
+) -> None:
+    """Put two thin factors in the place of each weight."""
+    from hfshrink.data import read_dataset
+    from hfshrink.factorization import factorize as run
+    from hfshrink.record import report as read
+
+    given = {"rank": rank, "energy": energy, "max_parameters": max_parameters, "max_size_bytes": max_size_bytes}
+    given |= {"max_drop": max_drop, "metric": metric, "weighting": weighting}
+    how: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    rows = None if calibration is None else read_dataset(calibration, calibration_split)
+    run(model, rank_ratio, calibration=rows, form=form, output_dir=output_dir, overwrite=overwrite, **how)
+    typer.echo(read(output_dir))
+
+
 @app.command(epilog="Example: hfshrink sensitivity path/to/model path/to/rows --structure neurons --plot rises.png")
 def sensitivity(
     model: Model,
@@ -208,18 +246,19 @@ def sensitivity(
     scheme: Annotated[
         str | None, typer.Option(help="Quantize instead: int (8, 4, 3 and 2 bits), nf4, bf16 or fp16.")
     ] = None,
+    factor: Annotated[bool, typer.Option("--factor", help="Factorize instead: rank ratios 0.9 to 0.3.")] = False,
     split: Annotated[str, typer.Option(help="Split of the data, where it has several.")] = "validation",
     samples: Annotated[int, typer.Option(help="Rows to measure on.")] = 256,
     plot: Annotated[Path | None, typer.Option(help="Heat-map to write, .png or .svg.")] = None,
 ) -> None:
-    """Measure how far the loss rises when one place of a model after the other is pruned or quantized."""
-    from hfshrink import pruning, quantization
+    """Measure how far the loss rises when one place of a model after the other is compressed."""
+    from hfshrink import factorization, pruning, quantization
     from hfshrink.data import read_dataset
     from hfshrink.errors import require
     from hfshrink.sensitivity import PLOT_SUFFIXES, measure_sensitivity
 
-    if scheme is not None and structure is not None:
-        raise SettingError("Give one of --structure, to prune, and --scheme, to quantize.")
+    if (scheme is not None) + (structure is not None) + factor > 1:
+        raise SettingError("Give one of --structure, to prune, --scheme, to quantize, and --factor, to factorize.")
 
     if plot is not None:
         if plot.suffix.lower() not in PLOT_SUFFIXES or not plot.parent.is_dir():
@@ -228,10 +267,9 @@ def sensitivity(
                 f"got {str(plot)!r}."
             )
         require("matplotlib", extra="plots")
-    if scheme is None:
-        trial = pruning.perturbation(structure or "unstructured", method)
-    else:
-        trial = quantization.perturbation(scheme)
+    trial: Any = pruning.perturbation(structure or "unstructured", method)
+    if scheme is not None or factor:
+        trial = factorization.perturbation() if factor else quantization.perturbation(scheme)
     found = measure_sensitivity(model, read_dataset(data, split), trial, samples=samples)
     typer.echo(found)
     if plot is not None:

@@ -5,7 +5,8 @@ HfshrinkError
 ├── SettingError (ValueError)             a keyword, a value or a data set does not fit; raised before work starts
 ├── UnsupportedModelError (TypeError)     the model is of a family or has a head that the call does not know
 ├── MissingDependencyError (ImportError)  an optional package is not installed
-└── CheckpointError (RuntimeError)        a folder or file is missing, half-written, foreign, corrupt or unwritable
+├── CheckpointError (RuntimeError)        a folder or file is missing, half-written, foreign, corrupt or unwritable
+└── BudgetError (RuntimeError)            a size, a drop or a time was asked for that can't be reached
 ```
 
 Every message says what was expected, what came, where, and what to do.
@@ -36,6 +37,10 @@ class MissingDependencyError(HfshrinkError, ImportError):
 
 class CheckpointError(HfshrinkError, RuntimeError):
     """A folder or file is missing, half-written, foreign, corrupt or can't be written."""
+
+
+class BudgetError(HfshrinkError, RuntimeError):
+    """A size, a drop or a time that can't be reached; the message tells the nearest that can."""
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -72,6 +72,16 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return old
 
 
+def stands_for(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a module is of class `kind`, or a compressed layer in the place of one.
+
+    Example:
+        >>> stands_for(nn.Linear(2, 3), nn.Linear), stands_for(nn.Linear(2, 3), nn.Embedding)
+        (True, False)
+    """
+    return issubclass(getattr(module, "replaces", type(module)), kind)
+
+
 def layer_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The name and the list of a model's repeated layers.
 
@@ -119,7 +129,7 @@ def head_names(model: Any) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith(f"{prefix}.")
+        if stands_for(module, nn.Linear) and not name.startswith(f"{prefix}.")
     ]
 
 
@@ -139,25 +149,64 @@ def max_positions(model: Any) -> int | None:
         family = getattr(getattr(model, "config", None), "model_type", "")
         return None if limit is None else limit - 2 * (family in PADDED_POSITIONS)
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe", "embed_positions")):
+        if stands_for(module, nn.Embedding) and name.endswith(("position_embeddings", "wpe", "embed_positions")):
             before = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - max(before, getattr(module, "offset", 0))
     return None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(parameters, parameters that are not exactly zero), tied ones once; a layer's integer codes are none."""
+    """(parameters, parameters that are not exactly zero), tied ones once; a layer's integer codes are none.
+
+    torchao's packed tensors count as the float weights that they stand for.
+    """
     import torch
 
     with torch.no_grad():
         parameters = list(model.parameters())
-        return sum(p.numel() for p in parameters), sum(int(torch.count_nonzero(p)) for p in parameters)
+        return sum(p.numel() for p in parameters), sum(_count_nonzero(p) for p in parameters)
+
+
+def memory_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, tied ones once; of tensors made of others, those of the parts.
+
+    torchao's tensors have the shape and dtype of the float weights that they stand for: by these they weigh as much.
+
+    Example:
+        >>> memory_bytes(nn.Linear(2, 3))
+        36
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(part.numel() * part.element_size() for tensor in tensors for part in plain_parts(tensor))
+
+
+def plain_parts(tensor: Any) -> Iterator[Any]:
+    """The tensors that hold a tensor's numbers: itself, or what torch's wrapper tensors, such as torchao's, pack.
+
+    Example:
+        >>> import torch
+        >>> [part.shape for part in plain_parts(torch.zeros(2, 3))]
+        [torch.Size([2, 3])]
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        yield from plain_parts(getattr(tensor, name))
 
 
 def measure_parameters(model: nn.Module) -> Measurement:
     """The counts of `count_parameters`, as a record keeps them before and after a step."""
     parameters, nonzero = count_parameters(model)
     return Measurement(parameters=parameters, nonzero_parameters=nonzero)
+
+
+def _count_nonzero(tensor: Any) -> int:
+    try:
+        return int(tensor.count_nonzero())
+    except NotImplementedError:  # of packed tensors, whose kinds lack most operators
+        return int(tensor.dequantize().count_nonzero())
 
 
 def _some(names: dict[str, Any], most: int = 6) -> str:

@@ -23,6 +23,12 @@ from hfshrink.terminal import progress, table
 
 PLOT_SUFFIXES = (".png", ".svg")
 MEASURES = ("loss", "divergence")
+LABELS = {
+    "loss": "loss rise",
+    "divergence": "divergence from the model as it is",
+    "error": "share of squared norm lost",
+}
+"""measure -> what a table and a plot call it; an error is computed from weights, without running the model."""
 
 
 class Perturbation(Protocol):
@@ -60,9 +66,9 @@ class Sensitivity:
     Attributes:
         title: Of the perturbation.
         dense_loss: Loss of the unchanged model on the same sample, the mean over rows or label tokens.
-        examples: Rows in the sample.
+        examples: Rows in the sample; 0 where none were needed.
         rows: Place after place, each at all levels.
-        measure: What rises: "loss", or "divergence".
+        measure: What rises: "loss", "divergence", or "error", the share of a module's squared norm that is lost.
 
     Example:
         >>> rows = [SensitivityRow("a", 0.5, 0.75, 0.25), SensitivityRow("b", 0.5, 0.625, 0.125)]
@@ -123,11 +129,11 @@ class Sensitivity:
         return {**asdict(self), "rows": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        over = (
-            f"loss rise over {self.dense_loss:.4f}" if self.measure == "loss" else "divergence from the model as it is"
-        )
-        head = f"{over}, {self.title}, {self.examples:,} examples"
-        lines = [[place, *(_signed(self.rise(place, level)) for level in self.levels)] for place in self.places]
+        over = f" over {self.dense_loss:.4f}" if self.measure == "loss" else ""
+        counted = f", {self.examples:,} examples" if self.examples else ""
+        head = f"{LABELS[self.measure]}{over}, {self.title}{counted}"
+        sign = "" if self.measure == "error" else "+"  # a share has none
+        lines = [[place, *(_shown(self.rise(place, level), sign) for level in self.levels)] for place in self.places]
         return f"{head}\n" + table(("place", *(f"{level:g}" for level in self.levels)), lines)
 
     def plot(self, path: str | Path) -> None:
@@ -150,7 +156,7 @@ class Sensitivity:
         axes.set_xticks(range(len(self.levels)), [f"{level:g}" for level in self.levels])
         axes.set_xlabel("level")
         axes.set_title(self.title, fontsize=9)
-        figure.colorbar(image, ax=axes, label="loss rise" if self.measure == "loss" else self.measure)
+        figure.colorbar(image, ax=axes, label=LABELS[self.measure])
         figure.savefig(path)
 
 
@@ -250,8 +256,8 @@ def restored(*tensors: Tensor) -> Iterator[None]:
                 tensor.copy_(values)
 
 
-def _signed(rise: float | None) -> str:
-    return "no number" if rise is None else f"{rise:+.4f}"
+def _shown(rise: float | None, sign: str) -> str:
+    return "no number" if rise is None else f"{rise:{sign}.4f}"
 
 
 def _chosen(places: list[str], include: str | Sequence[str], exclude: str | Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ import hfshrink
 ROOT = Path(hfshrink.__file__).parent
 GROUND = {"errors", "terminal", "measurement", "record", "saving", "modules", "loading", "labels", "data", "blocks"}
 GROUND |= {"generation", "mixins", "inputs", "histograms", "calibration", "layers", "checkpoint", "sensitivity"}
+GROUND |= {"layerwise", "streaming"}
 MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
@@ -33,13 +34,17 @@ MAY_IMPORT = {
     "calibration": {"data", "errors", "histograms", "loading", "modules", "record"},
     "checkpoint": {"errors", "layers", "loading", "measurement", "modules", "record", "saving"},
     "sensitivity": {"calibration", "data", "errors", "inputs", "labels", "loading", "modules", "record", "terminal"},
-    "evaluation": GROUND - {"blocks", "calibration", "layers", "checkpoint", "sensitivity"},
+    "layerwise": {"calibration", "data", "errors", "labels", "loading", "modules"},
+    "streaming": {"errors", "loading", "record", "saving"},
+    "evaluation": GROUND - {"blocks", "calibration", "layers", "checkpoint", "sensitivity", "layerwise", "streaming"},
     "distillation": GROUND | {"evaluation"},
     "pruning": GROUND | {"evaluation"},
     "quantization": GROUND | {"evaluation"},
+    "factorization": GROUND | {"evaluation"},
+    "selection": GROUND | {"evaluation"},
     "trainer": GROUND | {"distillation", "pruning", "quantization"},
     "cards": {"errors", "loading", "measurement", "record", "terminal"},
-    "cli": GROUND | {"cards", "distillation", "evaluation", "pruning", "quantization"},
+    "cli": GROUND | {"cards", "distillation", "evaluation", "factorization", "pruning", "quantization"},
     "__init__": {"checkpoint"},
 }
 """room -> the rooms that it may import; techniques never import each other."""
@@ -65,7 +70,7 @@ def test_files_and_functions_stay_small(file):
     text = file.read_text(encoding="utf-8")
     assert text.count("\n") <= 350
     if file.name == "__init__.py" and file.parent != ROOT:
-        assert text.count("\n") <= 25
+        assert text.count("\n") <= 40
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
@@ -99,6 +104,7 @@ def test_public_names():
         "compare",
         "distill",
         "evaluate",
+        "factorize",
         "filter_by_teacher",
         "generate_texts",
         "load",

@@ -1,4 +1,4 @@
-"""Snippets and the example of pruning run, and generated pages are up to date."""
+"""Snippets and examples run, and generated pages are up to date."""
 
 import re
 import subprocess
@@ -32,7 +32,7 @@ def test_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     tiny.tokenizer().save_pretrained(tmp_path / "path/to/teacher")
     monkeypatch.chdir(tmp_path)
     shared, number = run_snippets("README.md")
-    assert number == 6
+    assert number == 7
     assert [step.technique for step in shared["report"]("path/to/int8").steps] == [
         "make_student",
         "distill",
@@ -64,6 +64,19 @@ def test_the_page_on_pruning_runs_from_top_to_bottom(tmp_path, monkeypatch, caps
     assert "prune neurons by magnitude" in capsys.readouterr().out
 
 
+def test_the_page_on_factorization_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    tiny.model("bert").save_pretrained(tmp_path / "path/to/model")
+    tiny.tokenizer().save_pretrained(tmp_path / "path/to/model")
+    monkeypatch.chdir(tmp_path)
+    shared, number = run_snippets("docs/factorization.md")
+    assert number == 2
+    assert shared["up"].shape[1] == 4
+    step = shared["report"]("path/to/factored").steps[-1]
+    assert (step.technique, step.method) == ("factorize", "activation")
+    assert step.after.parameters < step.before.parameters
+    assert "bert.encoder.layer.0" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_page_on_quantization_runs_from_top_to_bottom(tmp_path, monkeypatch):
     for name, family in (("model", "bert"), ("causal-lm", "llama")):
@@ -83,13 +96,13 @@ def test_the_page_on_quantization_runs_from_top_to_bottom(tmp_path, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_the_example_of_pruning_runs():
+@pytest.mark.parametrize(("name", "shown"), [("pruning", 3), ("factorization", 4)])
+def test_the_example_runs(name, shown):
     """On real weights and rows, of which there must be a copy or a package index."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "pruning.py"), "--quick"], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("accuracy") == 3
+    assert done.stdout.count("accuracy") == shown
 
 
 def test_generated_pages_are_up_to_date():

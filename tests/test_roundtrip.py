@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import cuts
+import thin_layers
 import tiny
 from hfshrink.checkpoint import layer_map, set_layers, to_dense
 from hfshrink.errors import SettingError
@@ -22,6 +25,10 @@ from hfshrink.loading import load
 
 KINDS = ("low_rank", "resized", "quantized")
 CASES = [(family, kind) for kind in KINDS for family in tiny.CONFIGS] + [("gpt2", "resized_conv1d")]
+FACTORED = [("gpt2", "low_rank_conv1d")]
+FACTORED += [(family, "low_rank_embedding") for family in ("bert", "electra", "distilbert", "llama", "gpt2")]
+FACTORED += [("resnet", kind) for kind in thin_layers.KINDS if "conv2d" in kind]
+CASES += FACTORED
 UNTIED = {"gpt2": {"tie_word_embeddings": False}, "resnet": {"num_labels": 4}}
 
 
@@ -42,13 +49,22 @@ def quantized(network: nn.Module, family: str) -> dict[str, QuantizedLinear]:
     return layers
 
 
-MAKERS = {**cuts.MAKERS, "quantized": quantized}
+MAKERS: dict[str, Any] = {**cuts.MAKERS, "quantized": quantized}
+MAKERS |= {
+    kind: functools.partial(lambda network, _, kind: thin_layers.layers(network, kind), kind=kind)
+    for _, kind in FACTORED
+}
 
 
 def compressed(family: str, kind: str) -> nn.Module:
     network = tiny.model(family, **UNTIED.get(family, {}))
     set_layers(network, MAKERS[kind](network, family))
     return network
+
+
+def is_inside(family: str, kind: str) -> bool:
+    """Whether layers of a kind stand in a family's base model, not only in its head."""
+    return family in cuts.FAMILIES or (family, kind) in FACTORED or kind == "resized_conv1d"
 
 
 def assert_same_state(one: nn.Module, other: nn.Module) -> None:
@@ -177,7 +193,7 @@ def test_base_model_and_other_heads(tmp_path: Path) -> None:
 
 def test_unregistered_load_fails(tmp_path: Path) -> None:
     """Trap 1: a process that never imports hfshrink must not get a model with random layers."""
-    folders = [tmp_path / kind / family for family, kind in CASES if family in cuts.FAMILIES or "1d" in kind]
+    folders = [tmp_path / kind / family for family, kind in CASES if is_inside(family, kind)]
     for folder in folders:
         compressed(folder.name, folder.parent.name).save_pretrained(folder)
     code = (
@@ -199,11 +215,11 @@ def test_ignoring_mismatched_sizes_is_refused(tmp_path: Path) -> None:
         load(tmp_path, ignore_mismatched_sizes=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("family", "kind"), [*(("bert", kind) for kind in KINDS), *FACTORED[:2], *FACTORED[-3:]])
 @pytest.mark.parametrize("loaded", [False, True])
-def test_train_cast_and_save(kind: str, loaded: bool, tmp_path: Path) -> None:
+def test_train_cast_and_save(family: str, kind: str, loaded: bool, tmp_path: Path) -> None:
     """Trap 3: what plain models can do, before and after a reload."""
-    network = compressed("bert", kind)
+    network = compressed(family, kind)
     layers = layer_map(network)
     if loaded:
         network.save_pretrained(tmp_path / "start")
@@ -217,12 +233,13 @@ def test_train_cast_and_save(kind: str, loaded: bool, tmp_path: Path) -> None:
         str(tmp_path), max_steps=1, per_device_train_batch_size=3, report_to=[], save_strategy="no", use_cpu=True,
         learning_rate=0.1, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    batch = tiny.inputs("bert")
-    rows = [{name: tensor[row] for name, tensor in batch.items()} | {"labels": row % 2} for row in range(3)]
+    batch = tiny.inputs(family)
+    labels = batch["input_ids"] if family == "gpt2" else [row % 2 for row in range(3)]
+    rows = [{name: tensor[row] for name, tensor in batch.items()} | {"labels": labels[row]} for row in range(3)]
     Trainer(network, arguments, train_dataset=rows).train()
     after = network.state_dict()
-    for name in (f"{next(iter(layers))}.weight", f"{next(iter(layers))}.bias"):
-        is_fixed = kind == "quantized" and name.endswith("weight")  # codes stay, and the rest trains
+    for name in (name for name in after if name.startswith(f"{next(iter(layers))}.") and ".kept_" not in name):
+        is_fixed = kind == "quantized" and not name.endswith("bias")  # codes and scales stay, and the rest trains
         assert torch.equal(before[name], after[name]) == is_fixed, name
     assert all(torch.equal(before[name], after[name]) for name in after if ".kept_" in name)
     assert layer_map(network.half().float()) == layers

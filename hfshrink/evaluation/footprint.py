@@ -1,15 +1,23 @@
 """Memory of one model in a process of its own: `python -m hfshrink.evaluation.footprint FOLDER [TOKENS]` prints JSON.
 
-The libraries and the model's class are imported first; what resident memory grows by then is the model's.
+The libraries that it needs and the model's class are imported first; what resident memory grows by then is the
+model's.
 """
 
 from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
+
+LIBRARIES = {
+    "bitsandbytes": ("bitsandbytes", "accelerate", "transformers.integrations.bitsandbytes"),
+    "torchao": ("torchao.quantization", "transformers.integrations.torchao"),
+}
+"""quant_method of a config -> the modules that transformers imports when it loads such a checkpoint."""
 
 
 def measure_footprint(folder: str, sequence_length: int = 128) -> dict[str, int | None]:
@@ -27,6 +35,7 @@ def measure_footprint(folder: str, sequence_length: int = 128) -> dict[str, int 
 
     from hfshrink.inputs import random_inputs
     from hfshrink.loading import load, load_processor
+    from hfshrink.modules import plain_parts
 
     _import_model_code(folder)
     load_processor(folder)
@@ -36,7 +45,8 @@ def measure_footprint(folder: str, sequence_length: int = 128) -> dict[str, int 
     model, processor = load(folder)
     if isinstance(model, torch.nn.Module):
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor.count_nonzero()  # safetensors are mapped: a page counts once it was read
+            for part in plain_parts(tensor):
+                part.count_nonzero()  # safetensors are mapped: a page counts once it was read
     loaded = _resident("VmRSS")
     with torch.inference_mode():
         model(**random_inputs(model, 1, sequence_length, processor))
@@ -52,14 +62,17 @@ def _import_model_code(folder: str) -> None:
     from hfshrink.loading import EXPORT_MANIFEST
     from hfshrink.saving import read_config
 
+    config = read_config(folder)
     if (Path(folder) / EXPORT_MANIFEST).is_file():
-        importlib.import_module("transformers.exporters")
+        from transformers.exporters.auto import get_exporter_class, get_runner_class
+
         manifest = json.loads((Path(folder) / EXPORT_MANIFEST).read_text(encoding="utf-8"))
-        if manifest["export_format"] == "onnx":
-            importlib.import_module("onnxruntime")
-            importlib.import_module("transformers.exporters.runners.runner_onnx")
-            importlib.import_module("transformers.exporters.exporter_onnx")
-    for name in read_config(folder).get("architectures") or []:
+        get_exporter_class(manifest["export_format"])  # both import what they need and what is there of it
+        get_runner_class(manifest["export_format"])
+    for name in LIBRARIES.get((config.get("quantization_config") or {}).get("quant_method"), ()):
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
+    for name in config.get("architectures") or []:
         getattr(transformers, name, None)
 
 

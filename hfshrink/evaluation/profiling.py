@@ -26,7 +26,7 @@ from hfshrink.evaluation.machine import processor_name, read_energy
 from hfshrink.inputs import eval_mode, random_inputs
 from hfshrink.loading import EXPORT_MANIFEST, load
 from hfshrink.measurement import Latency, Measurement
-from hfshrink.modules import count_parameters
+from hfshrink.modules import count_parameters, memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +92,10 @@ def profile(
     counts: dict[str, int | None] = {}
     if isinstance(loaded, nn.Module):
         parameters, nonzero = count_parameters(loaded)
-        memory_bytes = sum(t.numel() * t.element_size() for t in (*loaded.parameters(), *loaded.buffers()))
         counts = {
             "parameters": parameters,
             "nonzero_parameters": nonzero,
-            "memory_bytes": memory_bytes,
+            "memory_bytes": memory_bytes(loaded),
             "macs": count_macs(loaded, inputs),
         }
     latency = measure_latencies(

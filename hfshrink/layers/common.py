@@ -72,6 +72,28 @@ def copied(parameter: Tensor | None, index: Tensor | None = None) -> nn.Paramete
     return nn.Parameter(values.contiguous(), requires_grad=parameter.requires_grad)
 
 
+def placed(values: Tensor, like: Tensor) -> nn.Parameter:
+    """A copy of `values` as a parameter in the dtype and on the device of `like`, trainable as it is."""
+    copy = values.detach().to(like.device, like.dtype, copy=True).contiguous()
+    return nn.Parameter(copy, requires_grad=like.requires_grad)
+
+
+def check_forward(dense: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise `SettingError` where a module does not compute what a plain one of class `kind` does with its weight.
+
+    A subclass may have a forward of its own (embeddings with a scale, convolutions that standardize their weight).
+    nn.MultiheadAttention never calls its `out_proj`: it reads the weight.
+    """
+    if not isinstance(dense, kind):
+        raise SettingError(f"Expected {kind.__name__}, got {type(dense).__name__}.")
+    read_by_parent = isinstance(dense, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if type(dense).forward is not kind.forward or read_by_parent:
+        raise SettingError(
+            f"{type(dense).__name__} is computed in a way of its own; only what computes as a plain {kind.__name__} "
+            "does can be compressed. Leave it out: exclude=…"
+        )
+
+
 def checked_index(index: Tensor | None, size: int, name: str) -> Tensor:
     """`index` as int64 after checking it; all of 0..size-1 for None."""
     if index is None:

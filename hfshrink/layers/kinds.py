@@ -6,16 +6,36 @@ from typing import Any
 
 from hfshrink.errors import CheckpointError
 from hfshrink.layers.low_rank import LowRankLinear
+from hfshrink.layers.low_rank_conv import LowRankConv2d, SeparableConv2d, TuckerConv2d
+from hfshrink.layers.low_rank_conv1d import LowRankConv1D
+from hfshrink.layers.low_rank_embedding import LowRankEmbedding
 from hfshrink.layers.quantized import QuantizedLinear
 from hfshrink.layers.resized import ResizedLinear
 from hfshrink.layers.resized_conv import ResizedConv2d
 from hfshrink.layers.resized_conv1d import ResizedConv1D
 from hfshrink.layers.resized_norm import ResizedBatchNorm2d
 
-CompressedLayer = LowRankLinear | ResizedLinear | ResizedConv1D | ResizedConv2d | ResizedBatchNorm2d | QuantizedLinear
+CompressedLayer = (
+    LowRankLinear
+    | LowRankConv1D
+    | LowRankConv2d
+    | SeparableConv2d
+    | TuckerConv2d
+    | LowRankEmbedding
+    | ResizedLinear
+    | ResizedConv1D
+    | ResizedConv2d
+    | ResizedBatchNorm2d
+    | QuantizedLinear
+)
 
 LAYER_KINDS: dict[str, type[CompressedLayer]] = {
     "low_rank": LowRankLinear,
+    "low_rank_conv1d": LowRankConv1D,
+    "low_rank_conv2d": LowRankConv2d,
+    "separable_conv2d": SeparableConv2d,
+    "tucker_conv2d": TuckerConv2d,
+    "low_rank_embedding": LowRankEmbedding,
     "resized": ResizedLinear,
     "resized_conv1d": ResizedConv1D,
     "resized_conv2d": ResizedConv2d,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.layers.common import copied, dense_linear, empty_parameter, read_spec
+from hfshrink.layers.common import check_forward, copied, dense_linear, empty_parameter, placed, read_spec
 
 
 class LowRankLinear(nn.Module):
@@ -18,6 +18,8 @@ class LowRankLinear(nn.Module):
 
     `down` is stored under the dense layer's name `weight`: its shape can't fit there, so a load without hfshrink fails
     instead of filling the layer at random. That is why the rank must be smaller than `out_features`.
+
+    Where one Linear makes q, k and v at once, the three share the factor down.
 
     Attributes:
         weight: The factor down, shape (rank, in).
@@ -51,7 +53,7 @@ class LowRankLinear(nn.Module):
         self.register_parameter("bias", empty_parameter(out_features) if bias else None)
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, up: Tensor, down: Tensor) -> LowRankLinear:
+    def from_dense(cls, linear: Any, up: Tensor, down: Tensor) -> Self:
         """Put two factors in the place of a Linear's weight, in its dtype and on its device; the bias is copied.
 
         Args:
@@ -60,25 +62,29 @@ class LowRankLinear(nn.Module):
             down: Shape (rank, in).
 
         Raises:
-            SettingError: The shapes don't fit each other and the weight, or the rank is not in 1..out-1.
+            SettingError: The shapes don't fit each other and the weight, the rank is not in 1..out-1, or the layer
+                has a forward of its own.
         """
-        out_features, in_features = linear.weight.shape
+        check_forward(linear, cls.replaces)
+        return cls._of_factors(linear, tuple(linear.weight.shape), up, down)
+
+    @classmethod
+    def _of_factors(cls, dense: Any, shape: tuple[int, ...], up: Tensor, down: Tensor) -> Self:
+        """The layer with `up` and `down` in the place of the weight of `dense`, whose (out, in) are `shape`."""
+        out_features, in_features = shape
         rank = down.shape[0] if down.ndim == 2 else -1
         if tuple(up.shape) != (out_features, rank) or tuple(down.shape) != (rank, in_features):
             raise SettingError(
                 "up and down must have shapes (out, rank) and (rank, in) for a weight of shape "
                 f"({out_features}, {in_features}), got {tuple(up.shape)} and {tuple(down.shape)}."
             )
-        layer = cls(in_features, out_features, rank, bias=linear.bias is not None)
-        like, trainable = linear.weight, linear.weight.requires_grad
-        for name, factor in (("weight", down), ("up", up)):
-            values = factor.detach().to(like.device, like.dtype, copy=True).contiguous()
-            setattr(layer, name, nn.Parameter(values, requires_grad=trainable))
-        layer.bias = copied(linear.bias)
-        return layer.train(linear.training)
+        layer = cls(in_features, out_features, rank, bias=dense.bias is not None)
+        layer.weight, layer.up = placed(down, dense.weight), placed(up, dense.weight)
+        layer.bias = copied(dense.bias)
+        return layer.train(dense.training)
 
     @classmethod
-    def empty(cls, spec: Mapping[str, Any]) -> LowRankLinear:
+    def empty(cls, spec: Mapping[str, Any]) -> Self:
         """The layer of a spec on the meta device, for a checkpoint to fill.
 
         Raises:
@@ -102,14 +108,17 @@ class LowRankLinear(nn.Module):
 
     @property
     def dense_shape(self) -> tuple[int, int]:
-        """Shape (out, in) of the weight that this layer stands for."""
+        """Shape of the weight that this layer stands for: (out, in)."""
         return self.out_features, self.in_features
 
-    def to_dense(self) -> nn.Linear:
+    def to_dense(self) -> nn.Module:
         """The Linear with weight up · down, multiplied in float64 and rounded once to the layer's dtype."""
+        return dense_linear(self._product(), self.bias, like=self)
+
+    def _product(self) -> Tensor:
+        """The weight up · down of shape (out, in), in the layer's dtype."""
         with torch.no_grad():
-            weight = (self.up.double() @ self.weight.double()).to(self.weight.dtype)
-        return dense_linear(weight, self.bias, like=self)
+            return (self.up.double() @ self.weight.double()).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)."""

@@ -9,14 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.layers.common import INDEX_DTYPE, MAX_ELEMENTS, checked_index, copied, read_spec
+from hfshrink.layers.common import INDEX_DTYPE, checked_index, copied
+from hfshrink.layers.geometry import geometry_of, geometry_spec, read_geometry
 
 SIZES = ("in_channels", "out_channels", "dense_in_channels", "dense_out_channels")
-PAIRS = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
-"""Entries of a spec that are two integers, for height and width -> the least that each may be."""
-PADDINGS = ("same", "valid")
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
-MAX_PAIR = 1024  # no kernel, stride, padding or dilation of a real model comes near
 
 
 class ResizedConv2d(nn.Conv2d):
@@ -108,8 +104,7 @@ class ResizedConv2d(nn.Conv2d):
             )
         old = conv if isinstance(conv, ResizedConv2d) else None
         dense = (old.dense_in_channels, old.dense_out_channels) if old is not None else before[::-1]
-        geometry = {name: getattr(conv, name) for name in (*PAIRS, "padding_mode")}
-        layer = cls(len(columns), len(rows), *dense, conv.bias is not None, depthwise, **geometry)
+        layer = cls(len(columns), len(rows), *dense, conv.bias is not None, depthwise, **geometry_of(conv))
         weight = conv.weight.detach()[rows]
         weight = weight if depthwise else weight[:, columns]
         layer.weight = nn.Parameter(weight.contiguous(), requires_grad=conv.weight.requires_grad)
@@ -135,12 +130,10 @@ class ResizedConv2d(nn.Conv2d):
 
     def spec(self) -> dict[str, Any]:
         """The JSON-safe description from which `empty` builds the same shapes."""
-        pairs = {name: getattr(self, name) for name in PAIRS}
         return {
             "kind": self.kind,
             **{name: getattr(self, name) for name in SIZES},
-            **{name: pair if isinstance(pair, str) else list(pair) for name, pair in pairs.items()},
-            "padding_mode": self.padding_mode,
+            **geometry_spec(self),
             "depthwise": self.depthwise,
             "bias": self.bias is not None,
         }
@@ -177,10 +170,9 @@ class ResizedConv2d(nn.Conv2d):
             values[rows] = self.weight.detach()
         else:
             values[rows[:, None], columns] = self.weight.detach()
-        geometry: dict[str, Any] = {name: getattr(self, name) for name in (*PAIRS, "padding_mode")}
         sizes = self.dense_in_channels, self.dense_out_channels
         groups = self.dense_in_channels if self.depthwise else 1
-        conv = nn.Conv2d(*sizes, groups=groups, bias=self.bias is not None, device="meta", **geometry)
+        conv = nn.Conv2d(*sizes, groups=groups, bias=self.bias is not None, device="meta", **geometry_of(self))
         conv.weight = nn.Parameter(values, requires_grad=self.weight.requires_grad)
         if self.bias is not None:
             bias = self.bias.new_zeros(self.dense_out_channels)
@@ -211,35 +203,7 @@ def check_conv(conv: nn.Conv2d) -> None:
 
 def _read_conv_spec(spec: Mapping[str, Any], kind: str) -> tuple[list[int], dict[str, Any]]:
     """The four sizes and the geometry of a spec that somebody else may have written."""
-    own = {*PAIRS, "padding_mode", "depthwise"}
-    expected = {"kind", "bias", *SIZES, *own}
-    if set(spec) != expected:
-        raise CheckpointError(
-            f"A layer of kind {kind!r} needs the entries {', '.join(sorted(expected))}, "
-            f"got {', '.join(sorted(map(str, spec)))[:300]}."
-        )
-    sizes = read_spec({name: value for name, value in spec.items() if name not in own}, kind, SIZES)
-    if not isinstance(spec["depthwise"], bool) or spec["padding_mode"] not in PADDING_MODES:
-        raise CheckpointError(
-            f"Expected depthwise true or false and a padding_mode of {', '.join(PADDING_MODES)}, "
-            f"got {str(spec['depthwise'])[:40]!r} and {str(spec['padding_mode'])[:40]!r}."
-        )
-    geometry = {name: _read_pair(name, spec[name], least) for name, least in PAIRS.items()}
-    height, width = geometry["kernel_size"]
-    elements = sizes[2] * sizes[3] * height * width
-    if elements > MAX_ELEMENTS:
-        raise CheckpointError(f"A convolution of {elements:,} weights is beyond any real model (2**40 at most).")
-    return sizes, {**geometry, "padding_mode": spec["padding_mode"]}
-
-
-def _read_pair(name: str, value: Any, least: int) -> Any:
-    """Two integers for height and width as a tuple, or the padding's word."""
-    if name == "padding" and isinstance(value, str) and value in PADDINGS:
-        return value
-    is_pair = isinstance(value, list | tuple) and len(value) == 2
-    if not is_pair or any(type(part) is not int or not least <= part <= MAX_PAIR for part in value):
-        words = f", or one of {', '.join(PADDINGS)}" if name == "padding" else ""
-        raise CheckpointError(
-            f"{name} must be two integers in {least}..{MAX_PAIR}{words}, got {str(value)[:60]} in a convolution."
-        )
-    return tuple(value)
+    found = read_geometry(spec, kind, SIZES, others=("depthwise",))
+    if not isinstance(spec["depthwise"], bool):
+        raise CheckpointError(f"Expected depthwise true or false, got {str(spec['depthwise'])[:40]!r}.")
+    return found

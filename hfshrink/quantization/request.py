@@ -14,9 +14,9 @@ from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.evaluation.profiling import weight_bytes
 from hfshrink.loading import EXPORT_MANIFEST, load
 from hfshrink.quantization.plain import plain
-from hfshrink.quantization.weights.bits import empty_model
 from hfshrink.quantization.weights.choice import check_unquantized, held_method, kept_names
 from hfshrink.saving import check_target, read_config
+from hfshrink.streaming.sources import check_outside, empty_model
 
 
 @dataclass
@@ -54,8 +54,9 @@ class Request:
         if self.is_named and str(self.source).startswith("~"):
             self.source = Path(self.source).expanduser()
         _check_source(self.source)
-        _check_not_inside(self.source, self.output_dir)
         if self.output_dir is not None:
+            if self.is_named:
+                check_outside(self.source, self.output_dir)
             check_target(self.output_dir, self.overwrite)
         _check_bound(self.max_drop, self.metric, self.calibration)
         if isinstance(self.calibration, Iterator):  # it is read more than once: for ranges, and for the check
@@ -132,14 +133,6 @@ def _check_source(source: Any) -> None:
     config = read_config(source) if is_folder else getattr(source, "config", None)
     if config is not None and held_method(config) not in (None, "hfshrink"):
         check_unquantized(config, str(source) if is_folder else type(source).__name__)
-
-
-def _check_not_inside(source: Any, output_dir: Path | None) -> None:
-    """Refuse an output folder that is, or holds, the model that is read: replacing it would delete the source."""
-    if output_dir is None or not isinstance(source, str | Path) or not Path(source).is_dir():
-        return
-    if Path(source).resolve().is_relative_to(output_dir.resolve()):
-        raise SettingError(f"output_dir {output_dir} holds the model that is read. Choose another folder.")
 
 
 def _check_bound(max_drop: Any, metric: Any, calibration: Any) -> None:

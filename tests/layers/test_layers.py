@@ -1,4 +1,4 @@
-"""What holds for every compressed layer of two axes, and what holds for each. Convolutions: `test_resized_conv.py`."""
+"""What holds for every compressed layer of two axes, and what holds for each that lost some."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.layers import (
     LAYER_KINDS,
     CompressedLayer,
+    LowRankConv1D,
     LowRankLinear,
     ResizedConv1D,
     ResizedLinear,
@@ -45,9 +46,18 @@ def resized_conv1d(dense: Conv1D) -> ResizedConv1D:
     return ResizedConv1D.from_dense(dense, torch.tensor([0, 2, 5]), torch.tensor([1, 3]))
 
 
-MAKERS = {"low_rank": low_rank, "resized": resized, "resized_conv1d": resized_conv1d}
-DENSE = {"low_rank": linear, "resized": linear, "resized_conv1d": conv1d}
-CASES = [("low_rank", True), ("low_rank", False), ("resized", True), ("resized", False), ("resized_conv1d", True)]
+def low_rank_conv1d(dense: Conv1D) -> LowRankConv1D:
+    return LowRankConv1D.from_dense(dense, torch.randn(6, 2), torch.randn(2, 4))
+
+
+MAKERS = {
+    "low_rank": low_rank,
+    "low_rank_conv1d": low_rank_conv1d,
+    "resized": resized,
+    "resized_conv1d": resized_conv1d,
+}
+DENSE = {"low_rank": linear, "low_rank_conv1d": conv1d, "resized": linear, "resized_conv1d": conv1d}
+CASES = [(kind, bias) for kind in MAKERS for bias in (True, False) if bias or DENSE[kind] is linear]
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -96,7 +106,8 @@ def test_no_random_number_is_drawn() -> None:
     dense = linear()
     factors = torch.randn(6, 2), torch.randn(2, 4)
     conv, state = conv1d(), torch.get_rng_state()
-    for made in (LowRankLinear.from_dense(dense, *factors), resized(dense), resized_conv1d(conv)):
+    low = LowRankLinear.from_dense(dense, *factors), LowRankConv1D.from_dense(conv, *factors)
+    for made in (*low, resized(dense), resized_conv1d(conv)):
         made.to_dense()
     assert torch.equal(state, torch.get_rng_state())
 
@@ -109,33 +120,6 @@ def test_dtype(layer: CompressedLayer, dtype: torch.dtype) -> None:
     assert cast.to_dense().weight.dtype == dtype
     remade = MAKERS[cast.kind](DENSE[cast.kind]().to(dtype))
     assert {p.dtype for p in remade.parameters()} == {dtype}
-
-
-@pytest.mark.parametrize(
-    ("spec", "match"),
-    [
-        ("low_rank", "Expected the spec of a layer as a JSON object, got str"),
-        ({"kind": "clustered"}, "Unknown kind of layer 'clustered'; this hfshrink knows low_rank, resized, "),
-        ({"kind": ["low_rank"]}, "Unknown kind"),
-        ({"kind": "low_rank"}, "needs the entries bias, in_features, kind, out_features, rank, got kind"),
-        ({"rank": 0}, r"rank must be an integer in 1\.\.2\*\*31, got 0"),
-        ({"rank": True}, "rank must be an integer .* got True"),
-        ({"rank": 2.0}, r"got 2\.0"),
-        ({"in_features": 2**31 + 1}, "in_features must be an integer"),
-        (
-            {"in_features": 2**31, "out_features": 2**31},
-            "2,147,483,648 × 2,147,483,648 weights is beyond any real model",
-        ),
-        ({"rank": 6}, r"rank must be in 1\.\.5 for a weight of shape \(6, 4\), got 6"),
-        ({"bias": 1}, "bias that is true or false, got 'low_rank' and 1"),
-        ({"extra": 1}, "needs the entries .* got bias, extra"),
-    ],
-)
-def test_low_rank_spec_from_elsewhere(spec: object, match: str) -> None:
-    if isinstance(spec, dict) and "kind" not in spec:
-        spec = {"kind": "low_rank", "in_features": 4, "out_features": 6, "rank": 2, "bias": True, **spec}
-    with pytest.raises(CheckpointError, match=match):
-        empty_layer(spec)
 
 
 @pytest.mark.parametrize(
@@ -167,43 +151,6 @@ def test_resized_conv1d_spec_from_elsewhere(sizes: dict[str, int], match: str) -
     spec = {"kind": "resized_conv1d", "nx": 2, "nf": 3, "dense_nx": 4, "dense_nf": 6, "bias": True}
     with pytest.raises(CheckpointError, match=match):
         empty_layer({**spec, **sizes})
-
-
-class TestLowRankLinear:
-    def test_by_hand(self) -> None:
-        dense = nn.Linear(2, 3)
-        dense.bias.data = torch.tensor([1.0, 0.0, -1.0])
-        up, down = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0, 5.0]])
-        layer = LowRankLinear.from_dense(dense, up, down)
-        assert layer(torch.tensor([1.0, 1.0])).tolist() == [10.0, 18.0, 26.0]
-        assert layer.to_dense().weight.tolist() == [[4.0, 5.0], [8.0, 10.0], [12.0, 15.0]]
-        assert layer.to_dense().bias.tolist() == [1.0, 0.0, -1.0]
-
-    @pytest.mark.parametrize("bias", [True, False])
-    def test_equals_its_dense_form(self, bias: bool) -> None:
-        layer, x = low_rank(linear(bias)), torch.randn(2, 3, 4)
-        torch.testing.assert_close(layer(x), layer.to_dense()(x))
-
-    def test_gradients_are_those_of_the_product(self) -> None:
-        layer, x = low_rank(linear()), torch.randn(5, 4)
-        layer(x).square().sum().backward()
-        out = layer(x).detach()
-        torch.testing.assert_close(layer.up.grad, 2 * out.T @ (x @ layer.weight.T))
-        torch.testing.assert_close(layer.weight.grad, layer.up.T @ (2 * out.T @ x))
-
-    def test_parameters(self) -> None:
-        layer = low_rank(linear())
-        assert sum(p.numel() for p in layer.parameters()) == 2 * (6 + 4) + 6
-
-    @pytest.mark.parametrize("rank", [0, 6, 7])
-    def test_rank(self, rank: int) -> None:
-        with pytest.raises(SettingError, match=rf"rank must be in 1\.\.5 .* \(6, 4\), got {rank}"):
-            LowRankLinear.from_dense(linear(), torch.ones(6, rank), torch.ones(rank, 4))
-
-    @pytest.mark.parametrize(("up", "down"), [((4, 2), (2, 6)), ((6, 2), (3, 4)), ((6,), (4,)), ((2, 6), (4, 2))])
-    def test_shapes(self, up: tuple[int, ...], down: tuple[int, ...]) -> None:
-        with pytest.raises(SettingError, match=r"weight of shape \(6, 4\), got \(.*\) and \(.*\)"):
-            LowRankLinear.from_dense(linear(), torch.ones(up), torch.ones(down))
 
 
 class TestResizedLinear:

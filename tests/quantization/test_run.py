@@ -23,7 +23,7 @@ from hfshrink.inputs import model_inputs
 from hfshrink.layers import ResizedLinear
 from hfshrink.modules import measure_parameters
 from hfshrink.quantization import SCHEMES, checkpoints, hardware, run
-from hfshrink.quantization.checkpoints import count_names
+from hfshrink.streaming.skeleton import count_names
 
 pytest.importorskip("bitsandbytes", reason="the package bitsandbytes is not installed")
 
@@ -382,9 +382,9 @@ def test_the_record_is_there_as_soon_as_the_folder_is(folder, tmp_path, monkeypa
 KILLED = """
 import sys, time
 from hfshrink import quantize
-from hfshrink.quantization.weights import streaming
-convert = streaming._convert
-streaming._convert = lambda *given: (time.sleep(0.05), convert(*given))[1]
+from hfshrink.quantization.weights.streaming import Converter
+convert = Converter.convert
+Converter.convert = lambda *given: (time.sleep(0.05), convert(*given))[1]
 quantize(sys.argv[1], "nf4", output_dir=sys.argv[2], max_shard_size="20KB")
 """
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode
+from hfshrink.layerwise import frozen, without_cache
 from hfshrink.loading import infer_task
-from hfshrink.pruning.oneshot.replay import frozen, without_cache
 from hfshrink.pruning.units.groups import UnitAxis, UnitGroup
 
 

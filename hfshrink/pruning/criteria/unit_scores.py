@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hfshrink.errors import SettingError
 from hfshrink.inputs import eval_mode
+from hfshrink.layerwise import without_cache
 from hfshrink.pruning.criteria.fisher import diagonal_fisher, reader, unit_gradients
 from hfshrink.pruning.criteria.scores import activation_mean, random_scores, unit_magnitude
-from hfshrink.pruning.oneshot.replay import without_cache
 from hfshrink.pruning.units.groups import UnitGroup, unit_slices
 
 ON_WEIGHTS = ("magnitude", "random")

@@ -1,9 +1,9 @@
-"""Layer by layer: record once how a model calls its layers, then run each of them by itself."""
+"""How a model calls its layers, recorded once, so that each of them can be run by itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hfshrink.errors import UnsupportedModelError
 from hfshrink.inputs import eval_mode
-from hfshrink.modules import accepted_inputs
+from hfshrink.layerwise import frozen, hidden_of, without_cache
 
 
 @dataclass
@@ -32,11 +32,6 @@ class LayerCalls:
     others: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = field(default_factory=list)
     read: list[Tensor] = field(default_factory=list)
     valid: list[Tensor] = field(default_factory=list)
-
-
-def without_cache(model: nn.Module) -> dict[str, bool]:
-    """The keyword that keeps a decoder from collecting keys and values, for models that have it."""
-    return {"use_cache": False} if "use_cache" in accepted_inputs(model) else {}
 
 
 def record_layers(model: Any, layers: Sequence[nn.Module], batches: Sequence[Mapping[str, Tensor]]) -> LayerCalls:
@@ -85,30 +80,6 @@ def record_layers(model: Any, layers: Sequence[nn.Module], batches: Sequence[Map
             calls.valid.append(_valid(calls.hidden[-1], batch.get("attention_mask")))
             calls.read.append(_read_positions(answer, leaf[0]) & calls.valid[-1])
     return calls
-
-
-def run_layer(layer: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
-    """The hidden state that a layer makes of another one, both (batch, sequence, hidden)."""
-    args, kwargs = call
-    return hidden_of(layer(hidden, *args, **kwargs))
-
-
-def hidden_of(output: Any) -> Tensor:
-    """A layer's hidden state, where it hands out more than that."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """No weight of the model asks for a gradient while the block runs."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
 
 
 def _valid(hidden: Tensor, mask: Any) -> Tensor:

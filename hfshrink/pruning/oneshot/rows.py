@@ -1,4 +1,4 @@
-"""The calibration data of `prune`: read once, with labels where a language model needs them, and up to a size."""
+"""What `prune` asks about its calibration data: whether it gives a loss, how long its rows are, what it looks like."""
 
 from __future__ import annotations
 
@@ -9,62 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hfshrink.calibration import batches as read_batches
-from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.errors import SettingError
 from hfshrink.inputs import eval_mode
-from hfshrink.labels import next_token_labels
-from hfshrink.loading import infer_task
 from hfshrink.modules import layer_stack
-
-ROWS = 2048
-"""Rows of the calibration data that are read at most, as many as Kwon et al. take."""
-TOKENS = 128 * 2048
-"""Tokens that Wanda and SparseGPT read at most, as many as in their papers: all wait before a layer at once."""
-BATCH_SIZE = 16
-
-
-class CalibrationData:
-    """The calibration data, read once, when a method asks for it."""
-
-    def __init__(self, model: Any, calibration: Any, processor: Any) -> None:
-        self.model, self.calibration, self.processor = model, calibration, processor
-        self._read: list[dict[str, Tensor]] = []
-
-    def batches(self, *, with_labels: bool = False, tokens: int | None = None) -> list[dict[str, Tensor]]:
-        """The batches on the model's device.
-
-        Args:
-            with_labels: Whether a language model's own inputs become labels where there are none.
-            tokens: The first batches that hold so many tokens; None takes all.
-        """
-        if not self._read:
-            how = {"batch_size": BATCH_SIZE, "samples": ROWS}
-            self._read = list(read_batches(self.calibration, self.model, self.processor, **how))
-            self._check_targets()
-        found = self._read if tokens is None else first_tokens(self._read, tokens)
-        if with_labels and "labels" not in found[0] and infer_task(self.model) in LANGUAGE_TASKS:
-            return [next_token_labels(batch) for batch in found]
-        return found
-
-    def _check_targets(self) -> None:
-        is_pair = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        if is_pair and not {"labels", "decoder_input_ids"} & set(self._read[0]):
-            raise SettingError(
-                f"{type(self.model).__name__} is an encoder-decoder: its calibration data needs the target texts, as "
-                f"labels or decoder_input_ids. Got {', '.join(self._read[0])}."
-            )
-
-
-def first_tokens(batches: Sequence[dict[str, Tensor]], tokens: int) -> list[dict[str, Tensor]]:
-    """Batches up to a number of tokens; images have none, and all of them are taken."""
-    found: list[dict[str, Tensor]] = []
-    for batch in batches:
-        if tokens <= 0:
-            break
-        found.append(batch)
-        tokens -= batch["input_ids"].numel() if "input_ids" in batch else 0
-    return found
 
 
 def has_loss(model: Any, batch: Mapping[str, Tensor]) -> bool:

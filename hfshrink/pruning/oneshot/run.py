@@ -14,19 +14,13 @@ from torch import Tensor
 
 from hfshrink.data import data_title
 from hfshrink.errors import SettingError
+from hfshrink.layerwise import TOKENS, CalibrationData
 from hfshrink.loading import load
 from hfshrink.modules import layer_stack, measure_parameters
 from hfshrink.pruning.criteria.ranking import kept_units
 from hfshrink.pruning.criteria.unit_scores import ON_DATA, ON_WEIGHTS, unit_scores
 from hfshrink.pruning.oneshot.layer_dropping import LAYER_METHODS, choose_layers, drop_layers, layer_influence
-from hfshrink.pruning.oneshot.rows import (
-    TOKENS,
-    CalibrationData,
-    example_of,
-    has_loss,
-    is_plain,
-    mean_length,
-)
+from hfshrink.pruning.oneshot.rows import example_of, has_loss, is_plain, mean_length
 from hfshrink.pruning.oneshot.weights import (
     GRADIENT_METHODS,
     LAYERWISE_METHODS,

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hfshrink.calibration import ModuleStatistics
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.inputs import eval_mode
+from hfshrink.layerwise import walk, without_cache
 from hfshrink.pruning.criteria import scores as criteria
 from hfshrink.pruning.criteria.thresholds import (
     check_pattern,
@@ -24,8 +25,6 @@ from hfshrink.pruning.criteria.thresholds import (
     n_of_m_mask,
 )
 from hfshrink.pruning.oneshot.obs import sparsegpt
-from hfshrink.pruning.oneshot.replay import without_cache
-from hfshrink.pruning.oneshot.walk import walk
 from hfshrink.pruning.units.weights import check_weights, matrix
 
 SCOPES: dict[str, tuple[str, ...]] = {

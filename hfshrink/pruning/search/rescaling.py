@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from hfshrink.blocks import layer_blocks
 from hfshrink.errors import SettingError
 from hfshrink.inputs import eval_mode
+from hfshrink.layerwise import run_layer
 from hfshrink.modules import layer_stack
 from hfshrink.pruning.criteria.fisher import reader
-from hfshrink.pruning.oneshot.replay import record_layers, run_layer
+from hfshrink.pruning.oneshot.replay import record_layers
 from hfshrink.pruning.units.groups import UnitGroup, mask_units, weight_axis
 
 

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hfshrink.blocks import AttentionBlock, FeedForwardBlock, head_size, layer_blocks
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.modules import layer_stack
+from hfshrink.pruning.units.slicing import check_has_units, has_units
 
 STRUCTURES = ("heads", "neurons", "heads+neurons", "channels")
 """Kinds of units that can be found in a model."""
@@ -75,7 +76,7 @@ def find_units(
         inputs: For channels of a model without a transformers config: one batch as the model takes it.
 
     Raises:
-        SettingError: Unknown structure, or a wildcard that matches no group.
+        SettingError: Unknown structure, a wildcard that matches no group, or a module of one lies in factors or codes.
         UnsupportedModelError: A family whose blocks are not known; the message names it and what works.
 
     Example:
@@ -92,7 +93,10 @@ def find_units(
         return channel_groups(model, include=include, exclude=exclude, inputs=inputs)
     wanted = structure.split("+")
     groups = [group for group in _block_groups(model) if group.structure in wanted]
-    return named_groups(groups, [include] if isinstance(include, str) else include, exclude)
+    groups = named_groups(groups, [include] if isinstance(include, str) else include, exclude)
+    for axis in (axis for group in groups for axis in (*group.writes, *group.reads)):
+        check_has_units(model.get_submodule(axis.module), axis.module)
+    return groups
 
 
 def named_groups(groups: list[UnitGroup], include: Sequence[str], exclude: str | Sequence[str]) -> list[UnitGroup]:
@@ -170,7 +174,8 @@ def unit_positions(size: int, units: int, parts: int = 1) -> Tensor:
 def features(model: nn.Module, name: str, side: str) -> int:
     """Number of features that a module called `name` reads ("in") or writes ("out")."""
     module: Any = model.get_submodule(name)
-    return int(module.weight.shape[weight_axis(module, side)])
+    shape = module.weight.shape if has_units(module) else module.dense_shape
+    return int(shape[weight_axis(module, side)])
 
 
 def weight_axis(module: Any, side: str) -> int:
@@ -180,7 +185,7 @@ def weight_axis(module: Any, side: str) -> int:
         >>> weight_axis(nn.Linear(2, 3), "in"), weight_axis(nn.Conv2d(2, 3, 1), "out")
         (1, 0)
     """
-    if isinstance(module, Conv1D):
+    if issubclass(getattr(module, "replaces", type(module)), Conv1D):
         return 0 if side == "in" else 1
     return 0 if side == "out" or module.weight.ndim == 1 else 1
 

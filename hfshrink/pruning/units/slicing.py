@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from hfshrink.errors import SettingError, UnsupportedModelError
-from hfshrink.layers import LAYER_KINDS, LowRankLinear
+from hfshrink.layers import LAYER_KINDS
 from hfshrink.layers.common import copied
 
 CUTTABLE: dict[type[nn.Module], tuple[str, str]] = {
@@ -66,6 +66,26 @@ def is_depthwise(module: Any) -> bool:
     return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
 
 
+def has_units(module: Any) -> bool:
+    """Whether the rows and columns of a module's weight are features: not in factors or packed codes.
+
+    Example:
+        >>> has_units(nn.Linear(2, 3))
+        True
+    """
+    compressed: Any = tuple(LAYER_KINDS.values())
+    return not isinstance(module, compressed) or module.kind.startswith("resized")
+
+
+def check_has_units(module: Any, name: str) -> None:
+    """Raise `SettingError` where the weight of the module called `name` lies in factors or codes."""
+    if not has_units(module):
+        raise SettingError(
+            f"{name} is a {type(module).__name__}, which can't be cut. Prune first, and compress then; or leave it "
+            "out, or turn it back: hfshrink.to_dense."
+        )
+
+
 def check_sliceable(module: Any, name: str) -> None:
     """Raise an error where `sliced` would not compute what the module called `name` does.
 
@@ -73,8 +93,7 @@ def check_sliceable(module: Any, name: str) -> None:
         UnsupportedModelError: Another class, a forward of its own, grouped but not depthwise.
         SettingError: A low-rank, parametrized or offloaded module, or NaN in its weight.
     """
-    if isinstance(module, LowRankLinear):
-        raise SettingError(f"{name} is a LowRankLinear, which can't be cut. Cut first, and factorize then.")
+    check_has_units(module, name)
     if "forward" in vars(module) or parametrize.is_parametrized(module):
         raise SettingError(
             f"{name} is wrapped: parametrized, or offloaded by device_map=. Unwrap it first: load the model on one "

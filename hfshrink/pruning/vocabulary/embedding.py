@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError
+from hfshrink.modules import stands_for
 
 ID_ENTRIES = ("_token_id", "_token_ids", "suppress_tokens", "bad_words_ids", "force_words_ids")
 """Ends of the names of the config entries that hold token ids."""
@@ -112,7 +113,7 @@ def renumber(model: Any, rows: int, new_ids: Mapping[int, int]) -> None:
     for module in model.modules():
         if vars(module).get("vocab_size") == rows:
             module.vocab_size = len(new_ids)
-        is_other_table = isinstance(module, nn.Embedding) and not _is_any(module.weight, tables)  # of positions
+        is_other_table = stands_for(module, nn.Embedding) and not _is_any(module.weight, tables)  # of positions
         if isinstance(vars(module).get("padding_idx"), int) and not is_other_table:
             module.padding_idx = new(module.padding_idx)
 

@@ -22,7 +22,8 @@ from hfshrink.quantization.search.plan import (
     trial_of,
 )
 from hfshrink.quantization.search.precisions import DTYPES, Precision, check_precision, quantized_layer, weight_bytes
-from hfshrink.quantization.weights.casting import cast_weights, is_kept_float32
+from hfshrink.quantization.weights.casting import cast_weights
+from hfshrink.streaming.dtypes import is_kept_float32
 
 WEIGHT_PRECISIONS = ("nf4", "int8", "bf16")
 

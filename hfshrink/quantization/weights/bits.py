@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, require
-from hfshrink.loading import HUB_KEYWORDS, TASKS, infer_task, load
+from hfshrink.errors import SettingError, require
+from hfshrink.loading import HUB_KEYWORDS, load
 from hfshrink.modules import replace_module
 from hfshrink.quantization.weights.choice import (
     BITS,
@@ -22,6 +22,7 @@ from hfshrink.quantization.weights.choice import (
 )
 from hfshrink.quantization.weights.exactness import be_quiet, keep_exact
 from hfshrink.saving import read_config
+from hfshrink.streaming.sources import empty_model
 
 
 def quantize_int8(model: Any, kept_float: Sequence[str] = ()) -> tuple[Any, list[str], dict[str, Any]]:
@@ -123,27 +124,6 @@ def load_bits(
     results = _results(choice, model)
     results["skipped"] |= dict.fromkeys(set(choice.layers) - set(layers), "left in float by device_map")
     return model, layers, results
-
-
-def empty_model(source: str | Path, task: str | None = None, trust_remote_code: bool = False, **hub: Any) -> Any:
-    """The model of a checkpoint on meta: all names and shapes, no weights.
-
-    Raises:
-        UnsupportedModelError: The config names no architecture, or one that fits no task.
-        CheckpointError: The config is missing, corrupt, or of a family that transformers does not know.
-    """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
-        auto = getattr(transformers, TASKS[infer_task(config, task)][0])
-        with torch.device("meta"):
-            return auto.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        if isinstance(error, HfshrinkError):
-            raise
-        raise CheckpointError(f"The config of {str(source)!r} makes no model: {error}") from error
 
 
 def make_config(scheme: str, patterns: Sequence[str], double_quantization: bool = True) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from hfshrink.errors import SettingError
 from hfshrink.quantization.weights.choice import check_finite, check_unquantized, held_method
+from hfshrink.streaming.dtypes import is_kept_float32
 
 SCHEMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -77,19 +77,6 @@ def cast_weights(
         tensor.data = tensor.data.to(dtype)
     _set_dtype(model.config, dtype)
     return model, list(dict.fromkeys(name.rpartition(".")[0] for name, _ in to_cast)), {"skipped": skipped}
-
-
-def is_kept_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
-    """Whether `from_pretrained` keeps a weight in float32 although `dtype` is asked for: its family says so."""
-    from transformers.core_model_loading import build_glob_alternation
-
-    kept = [*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())]
-    if dtype == torch.float16:
-        kept += getattr(model, "_keep_in_fp32_modules", None) or ()
-    if dtype not in SCHEMES or not kept:
-        return False
-    pattern: re.Pattern[str] = build_glob_alternation(kept)[0]
-    return pattern.search(name) is not None
 
 
 def _saved_floats(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -100,8 +100,10 @@ def kept_names(model: Any, exclude: str | Sequence[str] | None) -> dict[str, str
         return dict.fromkeys(head_names(model), "task head")
     from transformers.pytorch_utils import Conv1D
 
+    from hfshrink.layers import LAYER_KINDS
+
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
-    kinds = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d)
+    kinds = (nn.Linear, Conv1D, nn.Embedding, nn.Conv2d, *LAYER_KINDS.values())
     return dict.fromkeys(select_modules(model, kinds, include=patterns), "excluded") if patterns else {}
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from hfshrink.errors import SettingError
 from hfshrink.quantization.weights.choice import BLOCK, check_finite
 
 PIECE = 2**21  # values quantized at once; a multiple of BLOCK
@@ -105,23 +103,6 @@ def packed_bytes(shape: torch.Size, scheme: str, double_quantization: bool) -> i
     blocks = shape.numel() // BLOCK
     scales = blocks + 4 * (blocks // NESTED_BLOCK + 1) + NESTED_MAP_BYTES if double_quantization else 4 * blocks
     return shape.numel() // 2 + scales + QUANT_MAP_BYTES + STATE_BYTES
-
-
-def to_bytes(size: Any) -> int:
-    """Bytes of a size such as `"5GB"`, as transformers reads it.
-
-    Raises:
-        SettingError: It is no such size.
-    """
-    from huggingface_hub.serialization._base import parse_size_to_int
-
-    try:
-        found = size if isinstance(size, int) else parse_size_to_int(size)
-    except (ValueError, AttributeError):
-        found = 0
-    if isinstance(size, bool) or found <= 0:
-        raise SettingError(f'max_shard_size must be bytes or a size such as "5GB" or "500MB", got {size!r}.')
-    return found
 
 
 def pack(

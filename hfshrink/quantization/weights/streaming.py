@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,67 +9,63 @@ from typing import Any
 
 import torch
 
-from hfshrink.errors import CheckpointError, SettingError, require
-from hfshrink.quantization.weights.bits import empty_model, make_config
-from hfshrink.quantization.weights.casting import is_kept_float32
+from hfshrink.errors import SettingError, require
+from hfshrink.quantization.weights.bits import make_config
 from hfshrink.quantization.weights.choice import BITS, check_unquantized, choose_layers, kept_names
-from hfshrink.quantization.weights.packing import cast, pack, packed_bytes, to_bytes
-from hfshrink.quantization.weights.sources import (
-    SIDE_FILES,
-    Place,
-    find_folder,
-    find_tensors,
-    fingerprint,
-    read_tensors,
-    weight_files,
-)
-from hfshrink.record import versions
-from hfshrink.saving import read_config, save_aside, write_text
-
-logger = logging.getLogger(__name__)
+from hfshrink.quantization.weights.packing import cast, pack, packed_bytes
+from hfshrink.saving import read_config
+from hfshrink.streaming.dtypes import FLOATS
+from hfshrink.streaming.shards import Plan, to_bytes, write_checkpoint, write_config
+from hfshrink.streaming.skeleton import Skeleton, read_skeleton
+from hfshrink.streaming.sources import check_outside, find_folder
 
 CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MANIFEST = "streaming.json"
-NOT_COPIED = ("config.json", "trainer_state.json")
-SPARE_BYTES = 2**20  # of headers and config files, when the space on disk is checked
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What becomes of each tensor, decided before the first one is read.
+class Converter:
+    """What becomes of each tensor.
 
     Attributes:
         scheme: One of `BITS` or `CASTS`.
         double_quantization: Whether 4-bit scales are stored in 8 bits.
-        places: Name -> where it lies in the source.
-        dtypes: Name -> the dtype that it is rounded to, before it is quantized or as it is stored.
+        source: The checkpoint; tensors are rounded to its dtypes, before they are quantized or as they are stored.
         quantized: Names that bitsandbytes quantizes -> whether they are stored transposed (GPT-2's Conv1D).
-        shards: The names in each output file.
-        size_bytes: Upper bound of the output.
     """
 
     scheme: str
     double_quantization: bool
-    places: dict[str, Place]
-    dtypes: dict[str, torch.dtype]
+    source: Skeleton
     quantized: dict[str, bool]
-    shards: list[list[str]]
-    size_bytes: int
 
     def changed(self) -> list[str]:
         """Names of the tensors that are quantized or get another dtype."""
         return [
             name
-            for name, dtype in self.dtypes.items()
-            if name in self.quantized or FLOATS[self.places[name].dtype] != dtype
+            for name, dtype in self.source.dtypes.items()
+            if name in self.quantized or FLOATS[self.source.places[name].dtype] != dtype
         ]
 
-    def file_name(self, shard: int) -> str:
-        """Name of an output file, as transformers names them."""
-        if len(self.shards) == 1:
-            return "model.safetensors"
-        return f"model-{shard + 1:05d}-of-{len(self.shards):05d}.safetensors"
+    def size(self, name: str) -> int:
+        """Upper bound of the bytes that are written for a tensor."""
+        place = self.source.places[name]
+        if name in self.quantized:
+            shape = torch.Size(reversed(place.shape)) if self.quantized[name] else place.shape
+            return packed_bytes(shape, self.scheme, self.double_quantization)
+        return (
+            place.shape.numel() * self.source.dtypes[name].itemsize if name in self.source.dtypes else place.size_bytes
+        )
+
+    def convert(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is written for one tensor, under the source's own key, which transformers knows how to rename."""
+        key = self.source.places[name].key
+        if name not in self.source.dtypes:
+            return {key: tensor.clone()}
+        dtype = self.source.dtypes[name]
+        if name not in self.quantized:
+            return {key: cast(key, tensor, dtype, self.scheme)}
+        tensor = tensor.T.contiguous() if self.quantized[name] else tensor
+        return pack(key, tensor, dtype, self.scheme, self.double_quantization)
 
 
 def stream_weights(
@@ -116,43 +109,35 @@ def stream_weights(
         MissingDependencyError: The extra `bnb` is not installed.
         CheckpointError: Files are missing, corrupt or foreign, or there is no space.
     """
+    from transformers.pytorch_utils import Conv1D
+
     folder = _check_call(source, output_dir, scheme, exclude, trust_remote_code)
     shard_bytes = to_bytes(max_shard_size)
-    files, model = weight_files(folder), empty_model(folder, task, trust_remote_code)
+    skeleton = read_skeleton(folder, task, trust_remote_code, CASTS.get(scheme))
+    model = skeleton.model
     names, skipped, config = _choose(model, scheme, exclude, double_quantization)
-    places, unused = find_tensors(files, model)
-    plan = _plan(model, scheme, double_quantization, places, names, shard_bytes)
-    if not plan.changed():
+    is_transposed = {f"{name}.weight": isinstance(model.get_submodule(name), Conv1D) for name in names}
+    converter = Converter(scheme, double_quantization, skeleton, is_transposed)
+    if not converter.changed():
         raise SettingError(f"{source} has no weights to cast: all are in {scheme} already.")
-    key = {
-        "source": fingerprint(files),
-        "settings": [scheme, double_quantization, shard_bytes, sorted(names), str(model.config.dtype)],
-        "versions": versions(),
+    sizes = {name: converter.size(name) for name in skeleton.places}
+    settings = [double_quantization, sorted(names), str(model.config.dtype)]
+    plan = Plan(scheme, skeleton, sizes, shard_bytes, settings, has_code=trust_remote_code)
+    results: dict[str, Any] = {
+        "modules": names or list(dict.fromkeys(name.rpartition(".")[0] for name in converter.changed())),
+        "skipped": skipped,
+        "unused": skeleton.unused,
     }
-    with save_aside(output_dir, overwrite=overwrite) as aside:
-        target = Path(output_dir).expanduser().absolute()
-        partial = target.with_name(f".{target.name}.streaming")
-        done = _open_partial(partial, key, [plan.file_name(number) for number in range(len(plan.shards))])
-        _check_space(partial.parent, plan, done)
-        resumed = len(done)
-        _write_shards(plan, partial, key, done)
-        _write_config(model, config, scheme, aside)
-        _copy_side_files(folder, aside, trust_remote_code)
-        for name in done:
-            (partial / name).rename(aside / name)
-        _write_index(plan, done, aside)
-        results = {
-            "modules": names or list(dict.fromkeys(name.rpartition(".")[0] for name in plan.changed())),
-            "skipped": skipped,
-            "unused": unused,
-            "source_bytes": sum(place.size_bytes for place in places.values()),
-            "size_bytes": sum(shard["tensor_bytes"] for shard in done.values()),
-            "shards": len(done),
-            "resumed_shards": resumed,
-        }
+
+    def finish(aside: Path, counts: dict[str, Any]) -> None:
+        results.update(counts)
+        if config is not None:
+            model.config.quantization_config = config
+        write_config(model, aside)
         if record is not None:
             record(aside, results)
-    shutil.rmtree(partial, ignore_errors=True)
+
+    write_checkpoint(plan, output_dir, converter.convert, finish, overwrite)
     return results
 
 
@@ -165,8 +150,7 @@ def _check_call(source: Any, output_dir: Any, scheme: str, exclude: Any, trust_r
     if scheme in BITS:
         require("bitsandbytes", extra="bnb")
     folder = find_folder(source, trust_remote_code)
-    if folder.resolve().is_relative_to(Path(output_dir).expanduser().resolve()):
-        raise SettingError(f"output_dir {output_dir} holds the model that is read. Choose another folder.")
+    check_outside(folder, output_dir)
     check_unquantized(read_config(folder), str(source))
     return folder
 
@@ -179,163 +163,3 @@ def _choose(
         return [], {}, None
     choice = choose_layers(model, scheme, kept_names(model, exclude))
     return choice.layers, choice.skipped, make_config(scheme, choice.patterns, double_quantization)
-
-
-def _plan(
-    model: Any, scheme: str, double: bool, places: dict[str, Place], layers: list[str], shard_bytes: int
-) -> Plan:
-    from transformers.pytorch_utils import Conv1D
-
-    dtype = CASTS.get(scheme) or _own_dtype(model.config, places)
-    model.config.dtype = dtype
-    dtypes = {
-        name: torch.float32 if is_kept_float32(model, name, dtype) else dtype
-        for name, place in places.items()
-        if place.dtype in FLOATS
-    }
-    quantized = {f"{name}.weight": isinstance(model.get_submodule(name), Conv1D) for name in layers}
-    sizes = {}
-    for name, place in places.items():
-        if name in quantized:
-            shape = torch.Size(reversed(place.shape)) if quantized[name] else place.shape
-            sizes[name] = packed_bytes(shape, scheme, double)
-        else:
-            width = dtypes[name].itemsize if name in dtypes else None
-            sizes[name] = place.size_bytes if width is None else place.shape.numel() * width
-    return Plan(scheme, double, places, dtypes, quantized, _split(sizes, shard_bytes), sum(sizes.values()))
-
-
-def _own_dtype(config: Any, places: dict[str, Place]) -> torch.dtype:
-    """The dtype that `from_pretrained` loads in: the config's, or that of the first float tensor."""
-    named = config.dtype
-    if named is None:
-        named = next((FLOATS[place.dtype] for place in places.values() if place.dtype in FLOATS), torch.float32)
-    return getattr(torch, named) if isinstance(named, str) else named
-
-
-def _split(sizes: dict[str, int], most: int) -> list[list[str]]:
-    """Names in order, in groups of at most `most` bytes; a larger tensor has a group of its own."""
-    shards: list[list[str]] = []
-    filled = 0
-    for name, size in sizes.items():
-        if not shards or filled + size > most:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def _open_partial(partial: Path, key: dict[str, Any], files: list[str]) -> dict[str, Any]:
-    """What an earlier call with the same source and settings finished: file name -> its entry in the manifest."""
-    try:
-        manifest = json.loads((partial / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["key"] == key:
-            done = {name: shard for name, shard in manifest["shards"].items() if (partial / name).is_file()}
-            return {
-                name: done[name]
-                for name in files
-                if name in done and (partial / name).stat().st_size == done[name]["file_bytes"]
-            }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # none, or not ours: start anew
-    shutil.rmtree(partial, ignore_errors=True)
-    return {}
-
-
-def _check_space(parent: Path, plan: Plan, done: dict[str, Any]) -> None:
-    needed = plan.size_bytes + SPARE_BYTES - sum(shard["file_bytes"] for shard in done.values())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"{plan.scheme} writes {needed:,} bytes to {parent}, where {free:,} are free. Make space or "
-            "choose another disk."
-        )
-
-
-def _write_shards(plan: Plan, partial: Path, key: dict[str, Any], done: dict[str, Any]) -> None:
-    """Write the shards that are not there yet, and note each in the manifest."""
-    from tqdm.auto import tqdm
-
-    partial.mkdir(exist_ok=True)
-    total = sum(place.size_bytes for place in plan.places.values())
-    with tqdm(total=total, desc=plan.scheme, unit="B", unit_scale=True, disable=None, delay=2) as bar:
-        for number, names in enumerate(plan.shards):
-            file = plan.file_name(number)
-            if file not in done:
-                done[file] = _write_shard(partial / file, _convert_all(plan, names, bar, partial))
-                write_text(partial / MANIFEST, json.dumps({"key": key, "shards": done}))
-            else:
-                bar.update(sum(plan.places[name].size_bytes for name in names))
-
-
-def _convert_all(plan: Plan, names: list[str], bar: Any, partial: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one shard."""
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        for name, tensor in read_tensors((name, plan.places[name]) for name in names):
-            tensors |= _convert(plan, name, tensor)
-            bar.update(plan.places[name].size_bytes)
-            del tensor  # its mapping goes before the next one comes
-    except SettingError:  # a value that does not fit: there is nothing to go on with
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return tensors
-
-
-def _convert(plan: Plan, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What is written for one tensor, under the source's own key, which transformers knows how to rename."""
-    key = plan.places[name].key
-    if name not in plan.dtypes:
-        return {key: tensor.clone()}
-    dtype = plan.dtypes[name]
-    if name not in plan.quantized:
-        return {key: cast(key, tensor, dtype, plan.scheme)}
-    tensor = tensor.T.contiguous() if plan.quantized[name] else tensor
-    return pack(key, tensor, dtype, plan.scheme, plan.double_quantization)
-
-
-def _write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Write a file aside and move it into place; its entry in the manifest."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    part = path.with_suffix(".part")
-    try:
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"Can't write {path}: {error}. What is finished stays beside it; the same call goes on from there."
-        ) from error
-    return {
-        "file_bytes": path.stat().st_size,
-        "tensor_bytes": sum(tensor.nbytes for tensor in tensors.values()),
-        "keys": list(tensors),
-    }
-
-
-def _write_config(model: Any, quantization_config: Any, scheme: str, folder: Path) -> None:
-    config = model.config
-    config.architectures = [type(model).__name__]
-    if quantization_config is not None:
-        config.quantization_config = quantization_config
-    config.save_pretrained(folder)
-
-
-def _copy_side_files(source: Path, folder: Path, trust_remote_code: bool) -> None:
-    for pattern in (*SIDE_FILES, *(["*.py"] if trust_remote_code else [])):
-        for file in source.glob(pattern):
-            if file.name not in NOT_COPIED and not file.name.endswith(".index.json") and file.is_file():
-                shutil.copyfile(file, folder / file.name)
-
-
-def _write_index(plan: Plan, done: dict[str, Any], folder: Path) -> None:
-    if len(plan.shards) == 1:
-        return
-    index = {
-        "metadata": {"total_size": sum(shard["tensor_bytes"] for shard in done.values())},
-        "weight_map": {key: name for name, shard in sorted(done.items()) for key in shard["keys"]},
-    }
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")

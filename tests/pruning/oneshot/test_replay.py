@@ -6,8 +6,9 @@ from torch import nn
 
 import tiny
 from hfshrink.errors import UnsupportedModelError
+from hfshrink.layerwise import frozen, hidden_of, run_layer, without_cache
 from hfshrink.modules import layer_stack
-from hfshrink.pruning.oneshot.replay import frozen, hidden_of, record_layers, run_layer, without_cache
+from hfshrink.pruning.oneshot.replay import record_layers
 
 FAMILIES = ("bert", "roberta", "electra", "distilbert", "llama", "gpt2", "vit")
 

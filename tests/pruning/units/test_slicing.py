@@ -112,7 +112,7 @@ class TestBadInput:
         factored = LowRankLinear.from_dense(dense, torch.ones(16, 1), torch.ones(1, 24))
         groups, kept = find_units(network, "neurons"), cuts.even_units(network, "neurons")
         network.bert.encoder.layer[0].output.dense = factored
-        with pytest.raises(SettingError, match=r"output.dense is a LowRankLinear, .* Cut first, and factorize then"):
+        with pytest.raises(SettingError, match=r"output.dense is a LowRankLinear, .* Prune first, and compress then"):
             cut_units(network, groups, kept)
 
     def test_parametrized(self, network: Any) -> None:

@@ -6,7 +6,6 @@ from torch import nn
 
 import tiny
 from hfshrink.errors import SettingError, UnsupportedModelError
-from hfshrink.quantization.weights.bits import empty_model
 from hfshrink.quantization.weights.choice import (
     check_finite,
     check_unquantized,
@@ -15,6 +14,7 @@ from hfshrink.quantization.weights.choice import (
     layer_shape,
     linear_layers,
 )
+from hfshrink.streaming.sources import empty_model
 
 WIDE = {
     "bert": {"hidden_size": 64, "intermediate_size": 80},

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from hfshrink.errors import CheckpointError, UnsupportedModelError
+from hfshrink.errors import CheckpointError, HfshrinkError, SettingError, UnsupportedModelError
+from hfshrink.loading import TASKS, infer_task
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-REOPEN_BYTES = (
-    64 * 2**20
-)  # a file is opened anew after so many bytes: what was read through a mapping counts as memory
+REOPEN_BYTES = 64 * 2**20  # a file is opened anew after so many: what was read through a mapping counts as memory
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """Tokenizer, processor and generation settings; not pickles, not code."""
 
@@ -56,6 +55,38 @@ def find_folder(source: str | Path, trust_remote_code: bool = False) -> Path:
         raise CheckpointError(
             f"{str(source)!r} is no folder, and no model of that name can be read: {error}"
         ) from None
+
+
+def check_outside(source: str | Path, output_dir: str | Path) -> None:
+    """Refuse an output folder that is, or holds, the model that is read: replacing it would delete the source.
+
+    Raises:
+        SettingError: It is, or does. Hub ids lie elsewhere and pass.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir() and folder.resolve().is_relative_to(Path(output_dir).expanduser().resolve()):
+        raise SettingError(f"output_dir {output_dir} holds the model that is read. Choose another folder.")
+
+
+def empty_model(source: str | Path, task: str | None = None, trust_remote_code: bool = False, **hub: Any) -> Any:
+    """The model of a checkpoint on meta: all names and shapes, no weights.
+
+    Raises:
+        UnsupportedModelError: The config names no architecture, or one that fits no task.
+        CheckpointError: The config is missing, corrupt, or of a family that transformers does not know.
+    """
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **hub)
+        auto = getattr(transformers, TASKS[infer_task(config, task)][0])
+        with torch.device("meta"):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        if isinstance(error, HfshrinkError):
+            raise
+        raise CheckpointError(f"The config of {str(source)!r} makes no model: {error}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -114,7 +145,7 @@ def find_tensors(files: Iterable[Path], model: Any) -> tuple[dict[str, Place], l
         elif operation is not None:
             raise UnsupportedModelError(
                 f"transformers rebuilds {place.key!r} while it loads a {type(model).__name__} ({operation!r}), which "
-                "can't be done tensor by tensor. Load the model and quantize it in memory."
+                "can't be done tensor by tensor. Load the model and compress it in memory."
             )
         else:
             _check_shape(name, place, wanted[name])

@@ -1,33 +1,36 @@
-"""Through a model layer by layer: what the modules of a layer are fed once all layers before it are pruned."""
+"""Through a model layer by layer: what the modules of a layer are fed, once the layers before it are compressed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hfshrink.calibration import ModuleStatistics, collect
 from hfshrink.errors import SettingError, UnsupportedModelError
+from hfshrink.layerwise.counting import InputCounter
+from hfshrink.layerwise.running import hidden_of, run_layer, without_cache
 from hfshrink.modules import layer_stack
-from hfshrink.pruning.oneshot.replay import hidden_of, run_layer, without_cache
 
 Batch = Mapping[str, Tensor]
+MANY = 3
+"""Batches from which on it is worth trying to record them without running the layers."""
 
 
 def walk(
-    model: Any, modules: Mapping[str, nn.Module], what: str, batches: Sequence[Batch]
+    model: Any, modules: Mapping[str, nn.Module], what: str, batches: Sequence[Batch], *, rerun: bool = True
 ) -> Iterator[dict[str, ModuleStatistics]]:
-    """Statistics of the inputs of some modules, one layer at a time; prune a layer's modules before asking for more.
+    """Statistics of the inputs of some modules, one layer at a time; change a layer's modules before asking for more.
 
     All batches wait in front of a layer as hidden states: the layer runs once to count, and, when the caller comes
-    back, once more as it then is, for the next layer's inputs. Modules outside the layers (poolers, embedding
-    projections) come last, all at once, counted in runs of the whole pruned model. A model without one stack of layers
-    (convolutional, encoder-decoder) is counted as a whole, unpruned. Padding does not count.
+    back, once more as it then is, for the next layer's inputs (`rerun`). Products are float32 over some thousand
+    tokens, whose sums are added in float64. Modules outside the layers (poolers, embedding
+    projections) come last, all at once, counted in runs of the whole changed model. A model without one stack of
+    layers (convolutional, encoder-decoder) is counted as a whole, unchanged. Padding does not count.
 
     Args:
         model: In eval mode; call under `torch.no_grad`.
@@ -36,6 +39,8 @@ def walk(
             are the patches that its kernel sees, flattened to (in·height·width).
         batches: Model inputs on the model's device; labels are left out, but for an encoder-decoder that makes its
             decoder's inputs of them.
+        rerun: False where the caller changes nothing, or where later layers shall be fed what the unchanged ones
+            make: each layer runs once then.
 
     Yields:
         Module name -> statistics; every module once.
@@ -58,7 +63,7 @@ def walk(
         chosen = [
             {name: m for name, m in modules.items() if name.startswith(f"{stack}.{i}.")} for i in range(len(layers))
         ]
-        for stats in _walk_layers(model, layers, chosen, what, given) if inside else ():
+        for stats in _walk_layers(model, layers, chosen, (what, rerun), given) if inside else ():
             yield _complete(stats)
     outside = {name: module for name, module in modules.items() if name not in inside}
     if outside:
@@ -74,7 +79,7 @@ def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
 
 
 def _check_all_run(model: Any, modules: Mapping[str, nn.Module], batch: Batch) -> None:
-    """Raise for modules outside the layers that nothing calls, before the layers are pruned."""
+    """Raise for modules outside the layers that nothing calls, before the layers are changed."""
     if modules:
         silent = set(modules)
         with ExitStack() as hooks:
@@ -91,6 +96,7 @@ class _Calls:
     valid: Tensor | None
     others: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    plain: bool = True  # whether all layers return the hidden state and nothing else
 
 
 class _Stop(Exception):  # noqa: N818  no error: ends a forward pass whose rest is of no use
@@ -98,20 +104,65 @@ class _Stop(Exception):  # noqa: N818  no error: ends a forward pass whose rest 
 
 
 def _walk_layers(
-    model: Any, layers: nn.ModuleList, chosen: Sequence[Mapping[str, nn.Module]], what: str, given: Sequence[Batch]
+    model: Any,
+    layers: nn.ModuleList,
+    chosen: Sequence[Mapping[str, nn.Module]],
+    how: tuple[str, bool],
+    given: Sequence[Batch],
 ) -> Iterator[dict[str, ModuleStatistics]]:
-    waiting = [_record(model, layers, batch) for batch in given]
+    what, rerun = how
+    waiting = _record_all(model, layers, given)
     last = max(number for number, modules in enumerate(chosen) if modules)
     for number in range(last + 1):
-        if chosen[number]:
-            with _Counter(chosen[number], what) as counter:
+        counts = bool(chosen[number])
+        if counts:
+            with InputCounter(chosen[number], what) as counter:
                 for calls in waiting:
                     counter.start(calls.valid)
-                    run_layer(layers[number], calls.hidden, calls.others[number])
+                    hidden = run_layer(layers[number], calls.hidden, calls.others[number])
+                    calls.hidden = calls.hidden if rerun else hidden
             yield counter.stats
-        if number < last:
+        if number < last and (rerun or not counts):
             for calls in waiting:
                 calls.hidden = run_layer(layers[number], calls.hidden, calls.others[number])
+
+
+def _record_all(model: Any, layers: nn.ModuleList, given: Sequence[Batch]) -> list[_Calls]:
+    """Record all batches; the layers themselves run for the first only, where they are called alike without."""
+    first = _record(model, layers, given[0])
+    if len(given) < MANY or not first.plain:
+        return [first, *(_record(model, layers, batch) for batch in given[1:])]
+    with _passed_through(layers):
+        if _is_same(_record(model, layers, given[0]).others, first.others):
+            return [first, *(_record(model, layers, batch) for batch in given[1:])]
+    return [first, *(_record(model, layers, batch) for batch in given[1:])]
+
+
+@contextmanager
+def _passed_through(layers: nn.ModuleList) -> Iterator[None]:
+    """Layers that return the hidden state that they are given."""
+    own = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = lambda hidden, *_, **__: hidden
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two structures of tensors and settings are equal."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_is_same(*pair) for pair in zip(a, b, strict=True))
+    return a is b or (isinstance(a, bool | int | float | str) and a == b)
 
 
 def _record(model: Any, layers: nn.ModuleList, batch: Batch) -> _Calls:
@@ -125,7 +176,7 @@ def _record(model: Any, layers: nn.ModuleList, batch: Batch) -> _Calls:
         if not args or not isinstance(args[0], Tensor) or not follows:
             raise UnsupportedModelError(
                 f"Layer {number} of {type(model).__name__} is not called with the hidden state that the layer before "
-                'returned, so it can\'t be run by itself. Use the method "magnitude", "taylor" or "fisher".'
+                "returned, so it can't be run by itself. Choose a method that goes by weights or gradients only."
             )
         if not number:
             calls.hidden = args[0]
@@ -135,6 +186,7 @@ def _record(model: Any, layers: nn.ModuleList, batch: Batch) -> _Calls:
 
     def after(_: nn.Module, __: Any, output: Any) -> None:
         last_output[:] = [hidden_of(output)]
+        calls.plain &= isinstance(output, Tensor)
 
     with ExitStack() as hooks:
         for layer in layers:
@@ -146,7 +198,7 @@ def _record(model: Any, layers: nn.ModuleList, batch: Batch) -> _Calls:
             return calls
     raise UnsupportedModelError(
         f"Only {len(calls.others)} of the {len(layers)} layers of {type(model).__name__} ran. "
-        'Use the method "magnitude", "taylor" or "fisher".'
+        "Choose a method that goes by weights or gradients only."
     )
 
 
@@ -157,74 +209,11 @@ def _whole_statistics(
     linears = [name for name in modules if name not in convs]
     with ExitStack() as stack:
         found = stack.enter_context(collect(model, what, include=linears)) if linears else {}
-        counter = stack.enter_context(_Counter(convs, what))
+        counter = stack.enter_context(InputCounter(convs, what))
         for batch in given:
             counter.start(None)
             model(**batch, **without_cache(model))
     return {name: found.get(name) or counter.stats.get(name, ModuleStatistics()) for name in modules}
-
-
-class _Counter:
-    """Adds up the inputs of modules while it is open; modules that are fed the same tensor share the product."""
-
-    def __init__(self, modules: Mapping[str, nn.Module], what: str) -> None:
-        self.modules, self.what = modules, what
-        self.stats = {name: ModuleStatistics() for name in modules}
-        self._hooks = ExitStack()
-        self.start(None)
-
-    def start(self, valid: Tensor | None) -> None:
-        """A batch begins, whose positions count where `valid` (batch, sequence) is true."""
-        self._valid = valid
-        self._shared: dict[int, tuple[Tensor, int, Tensor]] = {}  # id -> the input, kept alive; tokens; product
-
-    def __enter__(self) -> _Counter:
-        for name, module in self.modules.items():
-            hook = lambda module, args, name=name: self._see(name, module, args[0])  # noqa: E731
-            self._hooks.callback(module.register_forward_pre_hook(hook).remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.close()
-        self._shared.clear()
-
-    def _see(self, name: str, module: nn.Module, x: Tensor) -> None:
-        if id(x) not in self._shared or isinstance(module, nn.Conv2d):
-            rows = input_rows(module, x, self._valid)
-            if not bool(rows.isfinite().all()):
-                raise SettingError(
-                    f"The input of {name} has NaN or infinite values. Check the data, or load in float32."
-                )
-            rows = rows.double()
-            product = rows.T @ rows if self.what == "input_gram" else rows.square().sum(dim=0)
-            self._shared[id(x)] = x, len(rows), product
-        _, tokens, product = self._shared[id(x)]
-        stats, before = self.stats[name], getattr(self.stats[name], self.what)
-        setattr(stats, self.what, product.clone() if before is None else before.add_(product))
-        stats.tokens += tokens
-
-
-def input_rows(module: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The vectors that a module multiplies with its weight (out, in), one per row.
-
-    Args:
-        module: A Linear or Conv1D, or a Conv2d without groups and with zeros as padding.
-        x: Its input, (…, in) or (batch, channels, height, width).
-        valid: Which positions count, booleans (batch, sequence); only for inputs (batch, sequence, in).
-
-    Returns:
-        Shape (tokens, in), or (batch·places, channels·kernel height·kernel width).
-
-    Example:
-        >>> input_rows(nn.Conv2d(1, 1, 2), torch.arange(6.0).view(1, 1, 2, 3)).tolist()
-        [[0.0, 1.0, 3.0, 4.0], [1.0, 2.0, 4.0, 5.0]]
-    """
-    if isinstance(module, nn.Conv2d):
-        padding: Any = module.padding
-        x = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride).transpose(1, 2)
-    elif valid is not None and x.shape[:-1] == valid.shape:
-        return x[valid]
-    return x.flatten(end_dim=-2)
 
 
 def _valid(batch: Batch) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""Checkpoints of any size, file to file: one tensor in memory at a time, resumed after a kill."""
