@@ -39,6 +39,10 @@ bench: $(VENV)/ready  ## The tables of README and docs, measured anew (hours on 
 	$(RUN) benchmarks/pruning_overhead.py
 	$(RUN) benchmarks/quantization.py
 	$(RUN) benchmarks/quantization.py --time
+	$(RUN) benchmarks/quantization_torchao.py
+	$(RUN) benchmarks/quantization_torchao.py --time
+	$(RUN) benchmarks/quantization_executorch.py
+	$(RUN) benchmarks/quantization_executorch.py --time
 	$(RUN) benchmarks/quantization_nodes.py --models --overhead
 	$(RUN) benchmarks/quantization_calibration.py
 	$(RUN) benchmarks/quantization_generation.py

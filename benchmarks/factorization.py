@@ -32,7 +32,7 @@ from hfshrink.terminal import table
 
 RUNS = ROOT / "runs" / "factorization"
 SUBJECTS = {"movie": movie, "garments": garments}
-SAMPLES = {"movie": 1024, "garments": 256}  # calibration rows
+SAMPLES = {"movie": 512, "garments": 256}  # calibration rows
 SEEDS = 3
 EPOCH = 94  # steps of 32 rows
 RATES = (5e-5, 1e-4)
@@ -68,42 +68,30 @@ class Arm:
 
 
 PLAIN, FISHER, WHITE = {"weighting": "none"}, {"weighting": "fisher"}, {"weighting": "activation"}
-BOTH = {"weighting": "fisher+activation"}
-WEIGHTINGS = {"plain": PLAIN, "fisher": FISHER, "whitened": WHITE, "both": BOTH}
-RECOVERED: dict[str, Any] = {"epochs": 2, "rates": RATES}
+WEIGHTINGS = {"plain": PLAIN, "fisher": FISHER, "whitened": WHITE}
 
 
 def _one_shot(percent: int) -> list[Arm]:
     """All weightings at one ratio, and whitening with the same number of parameters spread by need."""
-    ratio = percent / 100
-    arms = [Arm(f"{percent}-{name}", {"rank_ratio": ratio, **how}) for name, how in WEIGHTINGS.items()]
-    arms += [
-        Arm(f"{percent}-{name}-budget", dict(WEIGHTINGS[name]), like=f"{percent}-{name}")
-        for name in ("whitened", "both")
-    ]
-    return arms
+    arms = [Arm(f"{percent}-{name}", {"rank_ratio": percent / 100, **how}) for name, how in WEIGHTINGS.items()]
+    return [*arms, Arm(f"{percent}-budget", WHITE, like=f"{percent}-whitened")]
 
 
-def _of_images(percent: int) -> list[Arm]:
-    shared = {"rank_ratio": percent / 100}
-    hows = {
-        "plain": {**PLAIN, "form": "channel"},
-        "whitened": {**WHITE, "form": "channel"},
-        "separable": {**PLAIN, "form": "separable"},
-        "tucker": {**PLAIN, "form": "tucker"},
-    }
-    return [Arm(f"garments-{percent}-{name}", {**shared, **how}, "garments") for name, how in hows.items()]
-
-
+FORMS = {
+    "plain": {**PLAIN, "form": "channel"},
+    "whitened": {**WHITE, "form": "channel"},
+    "separable": {**PLAIN, "form": "separable"},
+    "tucker": {**PLAIN, "form": "tucker"},
+}
+IMAGES = [Arm(f"garments-50-{name}", {"rank_ratio": 0.5, **how}, "garments") for name, how in FORMS.items()]
 ARMS = (
     *(arm for percent in (80, 70, 50) for arm in _one_shot(percent)),
-    Arm("50-whitened-taught", {"rank_ratio": 0.5, **WHITE}, **RECOVERED),
-    Arm("50-plain-taught", {"rank_ratio": 0.5, **PLAIN}, **RECOVERED),
-    Arm("50-whitened-alone", {"rank_ratio": 0.5, **WHITE}, taught=False, **RECOVERED),
-    Arm("33-whitened-taught", {"rank_ratio": 0.33, **WHITE}, **RECOVERED),
-    Arm("dense-taught", None, **RECOVERED),
-    *(arm for percent in (70, 50) for arm in _of_images(percent)),
-    *(dataclasses.replace(arm, name=f"{arm.name}-tuned", epochs=1, rates=(1e-3,)) for arm in _of_images(50)),
+    Arm("50-whitened-taught", {"rank_ratio": 0.5, **WHITE}, epochs=2, rates=RATES),
+    Arm("50-whitened-alone", {"rank_ratio": 0.5, **WHITE}, epochs=2, taught=False, rates=RATES[1:]),
+    Arm("50-plain-taught", {"rank_ratio": 0.5, **PLAIN}, epochs=2, rates=RATES[1:]),
+    Arm("dense-taught", None, epochs=2, rates=RATES[1:]),
+    *IMAGES,
+    *(dataclasses.replace(arm, name=f"{arm.name}-tuned", epochs=1, rates=(1e-3,)) for arm in IMAGES),
     Arm("garments-dense-tuned", None, "garments", epochs=1, rates=(1e-3,)),
 )
 BY_NAME = {arm.name: arm for arm in ARMS}

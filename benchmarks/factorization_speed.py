@@ -25,12 +25,14 @@ from distillation import teacher_of
 from factorization import RUNS
 from hfshrink.evaluation import footprint, measure_latencies
 from hfshrink.evaluation.profiling import weight_bytes
+from hfshrink.factorization.statistics import collect_statistics
 from hfshrink.terminal import table
 
 KEPT = RUNS / "speed"
 RATIOS = (None, 0.5, 0.33)
 LENGTH = 128
 ROUNDS = 3
+FEW, MANY = 40, 1024  # rows: enough for the Gram matrices, and half of what is read at most
 
 
 def base_shaped():
@@ -77,44 +79,44 @@ def _clock(call):
 
 
 def measure_cost():
-    """Interleaved: the bare SVDs of all Linears' weights, and `factorize` without data and with it."""
+    """Interleaved: the bare SVDs of all Linears' weights and `factorize`; a forward pass and one that collects."""
     torch.set_num_threads(1)
-    ids = torch.randint(1000, (32, LENGTH), generator=torch.Generator().manual_seed(0))
-    rows = [{"input_ids": part} for part in ids.split(8)]
-    weights = [m.weight.detach().double() for m in base_shaped().modules() if isinstance(m, torch.nn.Linear)]
+    few, many = _ids(FEW), _ids(MANY)
+    weights = [m.weight.detach() for m in base_shaped().modules() if isinstance(m, torch.nn.Linear)]
 
-    def bare():
+    def bare(dtype):
         for weight in weights:
-            torch.linalg.svd(weight, full_matrices=False)
+            torch.linalg.svd(weight.to(dtype), full_matrices=False)
 
     def forward(model):
         with torch.no_grad():
-            for batch in rows:
-                model(**batch)
-
-    def grams(model):
-        with torch.no_grad(), hfshrink.calibration.collect(model, "input_gram"):
-            for batch in rows:
+            for batch in many:
                 model(**batch)
 
     calls = {
-        "bare SVDs": lambda _: bare(),
-        "factorize, plain": lambda model: hfshrink.factorize(model, 0.5, weighting="none"),
-        "factorize, whitened": lambda model: hfshrink.factorize(model, 0.5, calibration=rows),
-        "forward pass": forward,
-        "forward pass with Gram matrices": grams,
+        "bare SVDs, float64": (base_shaped, lambda _: bare(torch.float64)),
+        "bare SVDs, float32": (base_shaped, lambda _: bare(torch.float32)),
+        "factorize, plain": (base_shaped, lambda model: hfshrink.factorize(model, 0.5, weighting="none")),
+        "factorize, whitened": (base_shaped, lambda model: hfshrink.factorize(model, 0.5, calibration=few)),
+        "forward pass": (MODELS["MiniLM-L6"], forward),
+        "collecting statistics": (MODELS["MiniLM-L6"], lambda model: collect_statistics(model, many, "activation")),
     }
     found = {name: {"seconds": [], "peak_growth_bytes": None} for name in calls}
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            model = base_shaped()
+        for name, (make, call) in calls.items():
+            model = make()
             footprint._reset_peak()
             before = footprint._resident("VmRSS")
             found[name]["seconds"].append(_clock(lambda call=call, model=model: call(model)))
             found[name]["peak_growth_bytes"] = footprint._resident("VmHWM") - before
     for row in found.values():
         row["wall_s"], row["cpu_s"] = (statistics.median(one[i] for one in row["seconds"]) for i in (0, 1))
-    return {"tokens": ids.numel(), "calls": found}
+    return {"tokens": [FEW * LENGTH, MANY * LENGTH], "calls": found}
+
+
+def _ids(rows):
+    ids = torch.randint(1000, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": part} for part in ids.split(16)]
 
 
 def render():
@@ -160,17 +162,18 @@ def _times(found):
 
 def _cost(found):
     calls = found["calls"]
-    svd, forward = calls["bare SVDs"]["cpu_s"], calls["forward pass"]["cpu_s"]
+    svd, forward = calls["bare SVDs, float32"]["cpu_s"], calls["forward pass"]["cpu_s"]
     lines = []
     for name, row in calls.items():
-        base = forward if name.startswith("forward") else svd
-        lines.append(
-            (name, f"{row['cpu_s']:.1f}", f"{row['cpu_s'] / base:.2f}×", f"{row['peak_growth_bytes'] / 1e6:.0f}")
-        )
-    header = ("BERT-base shapes", "CPU s", "÷ bare", "peak MB above the model")
+        base = forward if name in ("forward pass", "collecting statistics") else svd
+        growth = f"{row['peak_growth_bytes'] / 1e6:.0f}"
+        lines.append((name, f"{row['cpu_s']:.1f}", f"{row['cpu_s'] / base:.2f}×", growth))
+    header = ("call", "CPU s", "÷ bare", "peak MB above the model")
+    few, many = found["tokens"]
     note = (
-        f"Medians of {ROUNDS} interleaved rounds, one thread; calibration {found['tokens']:,} tokens. Bare: "
-        "`torch.linalg.svd` in float64 of every Linear's weight, or the forward pass."
+        f"Medians of {ROUNDS} interleaved rounds, one thread. The first four lines: 12 layers of BERT-base's shapes, "
+        f"all Linears, against `torch.linalg.svd` in float32; {few:,} calibration tokens, their forward pass included "
+        f"in the time. The last two: MiniLM-L6, {many:,} tokens, against the forward pass."
     )
     return f"{table(header, lines)}\n\n{note}"
 

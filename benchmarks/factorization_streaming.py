@@ -19,6 +19,7 @@ from common import be_quiet, save
 from quantization_streaming import Watch, anonymous, make_checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hfshrink import load
 from hfshrink.evaluation import footprint
 from hfshrink.factorization.run import factorize
 from hfshrink.factorization.streaming import stream_factors
@@ -34,7 +35,7 @@ def warm_up(folder):
     small = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     config = LlamaConfig(**small, num_attention_heads=2, architectures=["LlamaForCausalLM"])
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "tiny")
-    factorize(folder / "tiny", 0.5, output_dir=folder / "tiny-memory")
+    factorize(load(folder / "tiny")[0], 0.5, output_dir=folder / "tiny-memory")
     stream_factors(folder / "tiny", folder / "tiny-streamed", rank_ratio=0.5)
 
 
@@ -48,7 +49,7 @@ def measure_one(arm, source, target, include):
     if arm == "streamed":
         stream_factors(source, target, rank_ratio=0.8, include=include, max_shard_size=SHARD)
     else:
-        factorize(source, 0.8, include=include, output_dir=target, max_shard_size=SHARD)
+        factorize(load(source)[0], 0.8, include=include, output_dir=target, max_shard_size=SHARD)
     seconds = time.perf_counter() - start
     watch.over.set()
     watch.join()

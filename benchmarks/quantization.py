@@ -145,9 +145,11 @@ def loaded(folder, length):
     return {name: found[name] for name in ("loaded_bytes", "peak_memory_bytes")}
 
 
-def measure_memory(subject):
-    """Loaded memory of all variants that are there, anew."""
-    for kept in sorted((RUNS / subject).glob("*/result.json")):
+def measure_memory(subject, variants):
+    """Loaded memory of these variants, as far as they are there, anew."""
+    for kept in [RUNS / subject / variant / "result.json" for variant in VARIANTS[subject] if variant in variants]:
+        if not kept.is_file():
+            continue
         found = json.loads(kept.read_text()) | loaded(kept.parent / "model", LENGTHS.get(subject, 1))
         kept.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -239,7 +241,7 @@ def main():
             if options.variants is None or variant in options.variants:
                 run(subject, variant)
     for subject in options.only if options.memory else ():
-        measure_memory(subject)
+        measure_memory(subject, options.variants or VARIANTS[subject])
     for subject in options.only if options.time else ():
         measure_times(subject, options.repeats)
     render()

@@ -9,8 +9,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -33,15 +31,6 @@ CONFIGS = {
     "torchao int8, dynamic inputs": "Int8DynamicActivationInt8WeightConfig",
     "torchao int8, weights only": "Int8WeightOnlyConfig",
 }
-COMPILED = ("torch-fp32", *CONFIGS)
-FOOTPRINT = """
-import bitsandbytes, onnxruntime, torchao, accelerate
-import transformers.exporters, transformers.integrations.bitsandbytes, transformers.integrations.torchao
-from torchao.quantization import Int8Tensor
-from hfshrink.evaluation.footprint import measure_footprint
-Int8Tensor.count_nonzero = lambda self: self.qdata.count_nonzero()  # reads its pages; torchao has no such operator
-print(__import__("json").dumps(measure_footprint({folder!r}, {tokens})))
-"""
 
 
 def float_folder():
@@ -119,36 +108,14 @@ def run(name):
             "size_bytes_hfshrink": weight_bytes(folder / "model"),
             "equal_bits": equal_bits(model, wrapped) and equal_bits(model, reloaded),
         }
-        kept.write_text(json.dumps(result | loaded(folder / "model"), indent=1) + "\n")
+        kept.write_text(json.dumps(result | benchmark.loaded(folder / "model", TOKENS), indent=1) + "\n")
     return json.loads(kept.read_text())
-
-
-def ours(name):
-    """A line of quantization.py, its memory measured as here: after the import of every library."""
-    variant = OURS[name]
-    kept = KEPT / f"{variant}.json"
-    if not kept.is_file():
-        KEPT.mkdir(parents=True, exist_ok=True)
-        result = benchmark.run("movie", variant) | loaded(benchmark.RUNS / "movie" / variant / "model")
-        kept.write_text(json.dumps(result, indent=1) + "\n")
-    return json.loads(kept.read_text())
-
-
-def loaded(folder):
-    """Memory of a fresh process that loads the model and runs one example."""
-    code = FOOTPRINT.format(folder=str(folder), tokens=TOKENS)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_times(repeats):
-    """CPU and wall milliseconds of all lines, interleaved; `compiled` ones as torchao advises."""
+    """CPU and wall milliseconds of all lines, interleaved; nothing is compiled by `torch.compile`."""
     models = {name: hfshrink.load(benchmark.RUNS / "movie" / variant / "model")[0] for name, variant in OURS.items()}
     models |= {name: bare(config_of(name)) for name in CONFIGS}
-    for name in COMPILED:
-        model = bare(config_of(name)) if name in CONFIGS else hfshrink.load(float_folder())[0]
-        model.compile(dynamic=False)
-        models[f"{name}, compiled"] = model
     times = measure_latencies(models, sequence_length=TOKENS, batch_sizes=(1, 8), threads=1, repeats=repeats)
     found = {name: [dataclasses.asdict(one) for one in times[name]] for name in models}
     (KEPT / "times.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -159,31 +126,30 @@ NOTE = (
     "MiniLM-L6, 2,000 test rows of movie reviews, 64 tokens. Differences against the float model with the paired 95 % "
     "interval of resampled rows. *torchao*: its own `quantize_` with the config's defaults, saved by its "
     "own flattening into safetensors; embeddings stay float. Loaded: growth of a fresh process by loading, "
-    "every library imported before. CPU ms of one forward pass, one thread, all lines interleaved in one run; × "
-    "against torch-fp32. Compiled: `model.compile(dynamic=False)`, compilation not counted. {equal} torchao {version}."
+    "libraries not counted. CPU ms of one forward pass, one thread, all lines interleaved in one run; × "
+    "against torch-fp32, without `torch.compile`. {equal} torchao {version}."
 )
 EQUAL = "`hfshrink.quantize(folder, TorchAoConfig(…))`, reloaded, holds and answers the same bits as torchao's call."
 
 
 def render():
     """Write results/quantization_torchao.json and .md of what is there."""
-    found = {name: ours(name) for name in OURS} | {name: run(name) for name in CONFIGS}
+    found = {name: benchmark.run("movie", variant) for name, variant in OURS.items()} | {
+        name: run(name) for name in CONFIGS
+    }
     path = KEPT / "times.json"
     times = json.loads(path.read_text()) if path.is_file() else {}
-    lines = {**found, **{name: None for name in times if name not in found}}
-    rows = [_row(name, result, times) for name, result in lines.items()]
+    rows = [_row(name, result, times) for name, result in found.items()]
     equal = EQUAL if all(found[name]["equal_bits"] for name in CONFIGS) else "hfshrink's way differs from it."
     version = importlib.metadata.version("torchao")
     note = NOTE.format(equal=equal, version=version)
-    data = {name: {**(result or {}), "times": times.get(name)} for name, result in lines.items()}
+    data = {name: {**result, "times": times.get(name)} for name, result in found.items()}
     save("quantization_torchao", {"torchao": version, "lines": data}, f"{table(HEADER, rows)}\n\n{note}")
 
 
 def _row(name, result, times):
     base, own = times.get("torch-fp32"), times.get(name)
     speeds = [benchmark._speed(base, own, batch) for batch in (0, 1)]
-    if result is None:  # compiled: the same weights
-        return (name, *[""] * 5, *speeds)
     change = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * result[field] for field in ("difference", "low", "high")))
     sizes = (f"{result['size_bytes'] / 1e6:.1f}", f"{result['loaded_bytes'] / 1e6:.0f}")
     return (name, *sizes, f"{result['b']:.4f}", change, f"{100 * result['agreement']:.1f} %", *speeds)

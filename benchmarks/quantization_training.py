@@ -187,9 +187,9 @@ def numbers(arm, others):
     }
     rival = next((other for other in others if other.bits == arm.bits and not other.trained), None)
     if arm.trained and rival is not None:
-        lost, left = difference(teachers(SEEDS), folders(rival))[0], found["minus_dense"][0]
+        (lost, _, high), left = difference(teachers(SEEDS), folders(rival)), found["minus_dense"][0]
         found["minus_post_training"] = difference(folders(rival), folders(arm))
-        found["recovered"] = 1 - left / lost if lost < 0 else None
+        found["recovered"] = 1 - left / lost if high < 0 else None  # where anything was lost for sure
     return found
 
 
@@ -219,7 +219,8 @@ def render(arms, graph):
         f"trained: rounded to nearest per output channel, smallest and largest inputs of {CALIBRATION} training rows. "
         f"Trained: {STEPS} more steps of 32 rows with fake quantization, taught by the dense model and the labels; "
         "the float row says what such an epoch brings without it. Head and embedding tables stay float. Intervals "
-        "resample seeds and rows, paired. Recovered: of the points that post-training quantization loses."
+        "resample seeds and rows, paired. Recovered: of the points that post-training quantization loses, where its "
+        "interval excludes no loss."
     )
     if graph is not None:
         text += (

@@ -14,7 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PRUNING = tuple(f"pruning{part}" for part in ("", "_oneshot", "_speed", "_language", "_channels", "_overhead"))
 QUANTIZATION = tuple(
     f"quantization{part}"
-    for part in ("", "_nodes", "_calibration", "_generation", "_streaming", "_mixed", "_training")
+    for part in (
+        "",
+        "_nodes",
+        "_calibration",
+        "_generation",
+        "_streaming",
+        "_mixed",
+        "_training",
+        "_torchao",
+        "_executorch",
+    )
 )
 FACTORIZATION = tuple(f"factorization{part}" for part in ("", "_language", "_speed"))
 

@@ -194,9 +194,7 @@ def _pruned(model: Any, processor: Any, structure: str, rows: Any, how: dict[str
     return run(model, structure=structure, calibration=rows, cut=cut, **how), processor
 
 
-@app.command(
-    epilog="Example: hfshrink factorize path/to/model small --rank-ratio 0.7 --calibration path/to/rows"
-)
+@app.command(epilog="Example: hfshrink factorize path/to/model small --rank-ratio 0.7 --calibration path/to/rows")
 def factorize(
     model: Model,
     output_dir: Annotated[Path, typer.Argument(help="Folder to write; must be empty or not exist.")],
@@ -224,9 +222,14 @@ def factorize(
     from hfshrink.factorization import factorize as run
     from hfshrink.record import report as read
 
-    given = {"rank": rank, "energy": energy, "max_parameters": max_parameters, "max_size_bytes": max_size_bytes}
+    given: dict[str, Any] = {
+        "rank": rank,
+        "energy": energy,
+        "max_parameters": max_parameters,
+        "max_size_bytes": max_size_bytes,
+    }
     given |= {"max_drop": max_drop, "metric": metric, "weighting": weighting}
-    how: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    how = {name: value for name, value in given.items() if value is not None}
     rows = None if calibration is None else read_dataset(calibration, calibration_split)
     run(model, rank_ratio, calibration=rows, form=form, output_dir=output_dir, overwrite=overwrite, **how)
     typer.echo(read(output_dir))
@@ -268,8 +271,10 @@ def sensitivity(
             )
         require("matplotlib", extra="plots")
     trial: Any = pruning.perturbation(structure or "unstructured", method)
-    if scheme is not None or factor:
-        trial = factorization.perturbation() if factor else quantization.perturbation(scheme)
+    if factor:
+        trial = factorization.perturbation()
+    elif scheme is not None:
+        trial = quantization.perturbation(scheme)
     found = measure_sensitivity(model, read_dataset(data, split), trial, samples=samples)
     typer.echo(found)
     if plot is not None:

@@ -69,7 +69,8 @@ def _import_model_code(folder: str) -> None:
         manifest = json.loads((Path(folder) / EXPORT_MANIFEST).read_text(encoding="utf-8"))
         get_exporter_class(manifest["export_format"])  # both import what they need and what is there of it
         get_runner_class(manifest["export_format"])
-    for name in LIBRARIES.get((config.get("quantization_config") or {}).get("quant_method"), ()):
+    quantization = config.get("quantization_config") or {}
+    for name in LIBRARIES.get(str(quantization.get("quant_method")), ()):
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
     for name in config.get("architectures") or []:

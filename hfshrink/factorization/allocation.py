@@ -15,6 +15,10 @@ from hfshrink.factorization.hulls import choose_points
 NOISE = 1e-12
 """Share of a weight's energy that counts as none: float32 rounds the product of exact factors to about 1e-14."""
 
+LEAST_SHARE = 0.9
+"""What each module keeps at least, as a part of what one ratio for all would leave it. Shares of energy do not tell
+how dear they are downstream: where they alone decide, modules are cut to almost nothing that the model needs."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -136,11 +140,7 @@ def uniform_ranks(sizes: Mapping[str, Size], rank_ratio: float, multiple: int = 
     _check_whole("multiple", multiple)
     if not _is_number(rank_ratio) or not 0 < rank_ratio < 1:
         raise SettingError(f"rank_ratio must lie between 0 and 1 (kept / dense parameters), got {rank_ratio!r}.")
-    ranks: dict[str, int | None] = {}
-    for name, size in sizes.items():
-        steps = size.ranks(multiple)
-        fitting = math.floor(rank_ratio * size.break_even + 1e-9) // (steps.step if steps else 1)
-        ranks[name] = steps[min(max(fitting, 1), len(steps)) - 1] if steps else None
+    ranks = {name: allowed[0] for name, allowed in _options(sizes, multiple, rank_ratio).items()}
     return Allocation(ranks, sizes, {name: _too_small(sizes[name]) for name, rank in ranks.items() if rank is None})
 
 
@@ -191,14 +191,16 @@ def budget_ranks(
     max_parameters: int,
     multiple: int = 8,
     weights: Mapping[str, float] | None = None,
+    least_share: float = LEAST_SHARE,
 ) -> Allocation:
     """Minimise Σ weight(m) · tails(m)[r(m)] over all ranks r with Σ parameters(m, r(m)) ≤ max_parameters.
 
     A module may also stay dense: error 0 at its dense parameters. Ranks that lie above the line between two others
     of the curve (parameters, error) are taken only to use up what is left: near break-even, staying dense is often
-    the better bargain. Every module gets one multiple of ranks first; then the step that saves most error per
-    parameter goes first, along the convex hull of each curve, and what is left is spent by dynamic programming. The
-    result is the best of its size, or within one step of it; a larger budget never gives a larger error.
+    the better bargain. Every module gets one multiple of ranks first, or the part `least_share` of what one ratio for
+    all would give it; then the step that saves most error per parameter goes first, along the convex hull of each
+    curve, and what is left is spent by dynamic programming. The result is the best of its size, or within one step of
+    it; with `least_share` 0 a larger budget never gives a larger error.
 
     Errors are added up over modules, so their tails must be comparable: see `comparable_tails`.
 
@@ -209,6 +211,8 @@ def budget_ranks(
         max_parameters: Of all these modules' weights together.
         multiple: Of ranks.
         weights: Module -> factor of its error; None means 1.
+        least_share: In [0, 1]; halved until the budget allows for it, where ranks are few. Take less than the default
+            where tails or weights are in units of the loss.
 
     Raises:
         SettingError: No sizes, names or shapes that don't fit, tails or weights that are no numbers, a setting out of
@@ -227,15 +231,19 @@ def budget_ranks(
     curves = _checked_tails(tails, sizes, multiple)
     _check_whole("max_parameters", max_parameters)
     factors = _checked_weights(weights, sizes)
-    options: dict[str, list[int | None]] = {name: [*size.ranks(multiple), None] for name, size in sizes.items()}
-    least = sum(size.parameters(options[name][0]) for name, size in sizes.items())
+    if not _is_number(least_share) or not 0 <= least_share <= 1:
+        raise SettingError(f"least_share must be in [0, 1], got {least_share!r}.")
+    dense = sum(size.dense_parameters for size in sizes.values())
+    least = _parameters(_options(sizes, multiple, 0.0), sizes)
     if max_parameters < least:
-        dense = sum(size.dense_parameters for size in sizes.values())
         raise BudgetError(
             f"max_parameters={max_parameters:,} can't be reached: at rank {multiple} everywhere {len(sizes)} modules "
             f"keep {least:,} of {dense:,} parameters, the fewest with a rank_multiple of {multiple}. Allow at least "
             f"{least:,}{', take a smaller multiple' if multiple > 1 else ''} or include more modules."
         )
+    ratio = least_share * min(max_parameters / dense, 1)
+    while _parameters(options := _options(sizes, multiple, ratio), sizes) > max_parameters:
+        ratio /= 2
     points = [
         [(sizes[n].parameters(rank), 0.0 if rank is None else factors[n] * curves[n][rank]) for rank in options[n]]
         for n in sizes
@@ -245,6 +253,21 @@ def budget_ranks(
     error = math.fsum(curve[position][1] for curve, position in zip(points, chosen.values(), strict=True))
     reasons = {name: _not_worth(sizes[name], curves[name], multiple) for name, rank in ranks.items() if rank is None}
     return Allocation(ranks, sizes, reasons, error)
+
+
+def _options(sizes: Mapping[str, Size], multiple: int, ratio: float) -> dict[str, list[int | None]]:
+    """Module -> the ranks that it may get, rising, none of them below that of a ratio; None at the end is dense."""
+    options: dict[str, list[int | None]] = {}
+    for name, size in sizes.items():
+        steps = size.ranks(multiple)
+        first = math.floor(ratio * size.break_even + 1e-9) // steps.step
+        options[name] = [*steps[min(max(first, 1), len(steps)) - 1 :], None] if steps else [None]
+    return options
+
+
+def _parameters(options: Mapping[str, list[int | None]], sizes: Mapping[str, Size]) -> int:
+    """Of all modules at their first option."""
+    return sum(size.parameters(options[name][0]) for name, size in sizes.items())
 
 
 def _check_sizes(sizes: Mapping[str, Size]) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hfshrink.errors import SettingError
-from hfshrink.factorization.factors import Decomposition, check_ratio, check_weight, decompose
+from hfshrink.factorization.factors import check_weight
 
 SWEEPS = 4
 """HOOI sweeps after HOSVD: within 0.5 % of the error after 30 on random weights, 1e-6 where the energy decays."""
@@ -27,104 +27,40 @@ EXACT = 1 + 1e-12
 """Keeps a product that is a whole number in decimals from falling below it in binary."""
 
 
-def decompose_channels(
-    weight: Tensor,
-    max_rank: int | None = None,
-    *,
-    row_weight: Tensor | None = None,
-    input_gram: Tensor | None = None,
-) -> Decomposition:
-    """The matrix (out, in · h · w) of a convolution; `channel_kernels` makes its factors kernels.
+def channel_kernels(up: Tensor, down: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """W[o, i, y, x] ≈ Σ_r up[o, r] down[r, i, y, x], from factors of the matrix (out, in · h · w).
 
     Denton et al., arXiv:1404.0736, and Zhang et al., arXiv:1505.06798 (there with the responses' Gram matrix).
 
     Args:
-        weight: Shape (out, in, h, w).
-        max_rank: Largest rank that will be asked for; None: min(out, in · h · w).
-        row_weight: Of the output channels, shape (out,).
-        input_gram: Σ x xᵀ over the patches x, columns of `torch.nn.functional.unfold`, shape (in · h · w, in · h · w).
+        up: Shape (out, rank).
+        down: Shape (rank, in · h · w).
+        shape: (out, in, h, w) of the convolution.
 
-    Raises:
-        SettingError: See `factors.decompose`.
+    Returns:
+        `up` as it is, and `down` as (rank, in, h, w).
     """
-    check_weight(weight, 4)
-    return decompose(weight.flatten(1), max_rank, row_weight=row_weight, input_gram=input_gram)
-
-
-def channel_kernels(up: Tensor, down: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`up` (out, rank) as it is and `down` as (rank, in, h, w), from factors of `decompose_channels`."""
     return up, down.reshape(-1, *shape[1:])
 
 
-def channel_factors(
-    weight: Tensor, rank: int, *, row_weight: Tensor | None = None, input_gram: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """W[o, i, y, x] ≈ Σ_r up[o, r] down[r, i, y, x]; see `decompose_channels`.
-
-    Returns:
-        up (out, rank) and down (rank, in, h, w), in the weight's dtype.
-
-    Raises:
-        SettingError: See `factors.decompose`.
-
-    Example:
-        >>> up, down = channel_factors(torch.ones(4, 3, 3, 3), 1)
-        >>> tuple(up.shape), tuple(down.shape), bool(torch.allclose((up @ down.flatten(1)), torch.ones(4, 27)))
-        ((4, 1), (1, 3, 3, 3), True)
-    """
-    found = decompose_channels(weight, rank, row_weight=row_weight, input_gram=input_gram)
-    up, down = channel_kernels(*found.factors(rank), weight.shape)
-    return up.to(weight.dtype), down.to(weight.dtype)
-
-
-def decompose_separable(weight: Tensor, max_rank: int | None = None) -> Decomposition:
-    """The matrix M[(i, y), (o, x)] = W[o, i, y, x] of a convolution; `separable_kernels` makes its factors kernels.
-
-    Jaderberg et al., arXiv:1405.3866 (scheme 2), in the closed form of Tai et al., arXiv:1511.06067.
-
-    Args:
-        weight: Shape (out, in, h, w).
-        max_rank: Largest rank that will be asked for; None: min(in · h, out · w).
-
-    Raises:
-        SettingError: See `factors.decompose`.
-    """
-    check_weight(weight, 4)
-    out, channels, height, width = weight.shape
-    return decompose(weight.permute(1, 2, 0, 3).reshape(channels * height, out * width), max_rank)
-
-
 def separable_kernels(up: Tensor, down: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Vertical (rank, in, h, 1) and horizontal (out, rank, 1, w), from factors of `decompose_separable`.
+    """W[o, i, y, x] ≈ Σ_r vertical[r, i, y] horizontal[o, r, x], from factors of M[(i, y), (o, x)] = W[o, i, y, x].
+
+    Jaderberg et al., arXiv:1405.3866 (scheme 2), in the closed form of Tai et al., arXiv:1511.06067: the error of the
+    convolution's weight is that of the matrix.
 
     Args:
         up: Shape (in · h, rank).
         down: Shape (rank, out · w).
         shape: (out, in, h, w) of the convolution.
+
+    Returns:
+        vertical (rank, in, h, 1) and horizontal (out, rank, 1, w).
     """
     out, channels, height, width = shape
     vertical = up.T.reshape(-1, channels, height, 1)
     horizontal = down.reshape(-1, out, width).transpose(0, 1).unsqueeze(2)
     return vertical.contiguous(), horizontal.contiguous()
-
-
-def separable_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """W[o, i, y, x] ≈ Σ_r vertical[r, i, y] horizontal[o, r, x], with the least squared error.
-
-    Returns:
-        vertical (rank, in, h, 1) and horizontal (out, rank, 1, w), in the weight's dtype.
-
-    Raises:
-        SettingError: See `factors.decompose`.
-
-    Example:
-        >>> edge = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])[None, None]  # Sobel
-        >>> vertical, horizontal = separable_factors(edge, 1)
-        >>> bool(torch.allclose(vertical[0, 0] @ horizontal[0, 0], edge[0, 0], atol=1e-6))
-        True
-    """
-    vertical, horizontal = separable_kernels(*decompose_separable(weight, rank).factors(rank), weight.shape)
-    return vertical.to(weight.dtype), horizontal.to(weight.dtype)
 
 
 def tucker_factors(weight: Tensor, ranks: tuple[int, int], sweeps: int = SWEEPS) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,28 +103,6 @@ def tucker_factors(weight: Tensor, ranks: tuple[int, int], sweeps: int = SWEEPS)
     return first, core, last
 
 
-def channel_parameters(shape: Sequence[int], rank: int) -> int:
-    """Parameters of both stages, rank · (in · h · w + out), without the bias.
-
-    Example:
-        >>> channel_parameters((64, 32, 3, 3), 16)
-        5632
-    """
-    out, *kernel = shape
-    return rank * (math.prod(kernel) + out)
-
-
-def separable_parameters(shape: Sequence[int], rank: int) -> int:
-    """Parameters of both stages, rank · (in · h + out · w), without the bias.
-
-    Example:
-        >>> separable_parameters((64, 32, 3, 3), 16)
-        4608
-    """
-    out, channels, height, width = shape
-    return rank * (channels * height + out * width)
-
-
 def tucker_parameters(shape: Sequence[int], ranks: tuple[int, int]) -> int:
     """Parameters of the three stages, in_rank · in + out_rank · in_rank · h · w + out · out_rank, without the bias.
 
@@ -199,24 +113,6 @@ def tucker_parameters(shape: Sequence[int], ranks: tuple[int, int]) -> int:
     out, channels, height, width = shape
     out_rank, in_rank = ranks
     return in_rank * channels + out_rank * in_rank * height * width + out * out_rank
-
-
-def channel_rank(shape: Sequence[int], rank_ratio: float) -> int:
-    """The largest rank that keeps at most the part `rank_ratio` of the dense parameters; 0 where none does.
-
-    Raises:
-        SettingError: `rank_ratio` is not above 0 and at most 1.
-
-    Example:
-        >>> channel_rank((64, 32, 3, 3), 0.5), separable_rank((64, 32, 3, 3), 0.5)
-        (26, 32)
-    """
-    return _affordable(shape, rank_ratio, channel_parameters(shape, 1))
-
-
-def separable_rank(shape: Sequence[int], rank_ratio: float) -> int:
-    """As `channel_rank`, for the separable form."""
-    return _affordable(shape, rank_ratio, separable_parameters(shape, 1))
 
 
 def tucker_ranks(weight: Tensor, rank_ratio: float, multiple: int = 1) -> tuple[int, int]:
@@ -239,18 +135,21 @@ def tucker_ranks(weight: Tensor, rank_ratio: float, multiple: int = 1) -> tuple[
         True
     """
     check_weight(weight, 4)
-    check_ratio(rank_ratio)
+    if not 0 < rank_ratio <= 1:
+        raise SettingError(
+            f"rank_ratio (kept parameters / dense parameters) must be above 0 and at most 1, got {rank_ratio}."
+        )
     if multiple < 1:
         raise SettingError(f"multiple must be at least 1, got {multiple}.")
     shape, dense = tuple(weight.shape), weight.detach().double()
     out_tails, in_tails = (_tails(view).tolist() for view in (dense, dense.transpose(0, 1)))
     found: list[tuple[float, tuple[int, int]]] = []
-    for in_rank in _multiples(shape[1], multiple):
+    for in_rank in [*range(multiple, shape[1], multiple), shape[1]]:
         without_out, per_out = (tucker_parameters(shape, (out_rank, in_rank)) for out_rank in (0, 1))
-        affordable = math.floor((rank_ratio * weight.numel() * EXACT - without_out) / (per_out - without_out))
-        out_ranks = [rank for rank in _multiples(shape[0], multiple) if rank <= affordable]
-        if out_ranks:
-            found.append((out_tails[out_ranks[-1]] + in_tails[in_rank], (out_ranks[-1], in_rank)))
+        out_rank = math.floor((rank_ratio * weight.numel() * EXACT - without_out) / (per_out - without_out))
+        out_rank = shape[0] if out_rank >= shape[0] else out_rank // multiple * multiple
+        if out_rank > 0:
+            found.append((out_tails[out_rank] + in_tails[in_rank], (out_rank, in_rank)))
     if not found:
         out_rank, in_rank = (min(multiple, channels) for channels in shape[:2])
         least = tucker_parameters(shape, (out_rank, in_rank)) / weight.numel()
@@ -259,16 +158,6 @@ def tucker_ranks(weight: Tensor, rank_ratio: float, multiple: int = 1) -> tuple[
             f"keep {least:.3g}. Raise rank_ratio, or leave it dense."
         )
     return min(found)[1]
-
-
-def _affordable(shape: Sequence[int], rank_ratio: float, parameters_per_rank: int) -> int:
-    check_ratio(rank_ratio)
-    return math.floor(rank_ratio * math.prod(shape) * EXACT / parameters_per_rank)
-
-
-def _multiples(channels: int, multiple: int) -> list[int]:
-    """The multiples up to all channels, and all channels."""
-    return [*range(multiple, channels, multiple), channels]
 
 
 def _check_pair(ranks: tuple[int, int], shape: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from hfshrink.calibration import ModuleStatistics
 from hfshrink.errors import BudgetError, SettingError
 from hfshrink.evaluation import evaluate
-from hfshrink.factorization.allocation import Allocation, Size, budget_ranks
+from hfshrink.evaluation.measures import is_lower_better
+from hfshrink.factorization.allocation import LEAST_SHARE, Allocation, Size, budget_ranks
 from hfshrink.factorization.drops import ranks_for_drop
 from hfshrink.factorization.factors import decompose
 from hfshrink.factorization.sites import factored, matrix, takes_rows
@@ -23,8 +23,8 @@ from hfshrink.factorization.tails import comparable_tails
 from hfshrink.layers import CompressedLayer
 from hfshrink.modules import replace_module
 
-LOWER_IS_BETTER = {"perplexity", "mse", "rmse", "mae", "loss", "wer", "cer", "error", "distance", "divergence"}
-"""Words in the names of metrics that fall when a model gets better; all others rise."""
+LEAST_SHARE_OF_LOSS = 0.5
+"""`least_share` of `budget_ranks` where errors are in units of the loss."""
 HIGHEST = 0.95
 """Largest share of the modules' parameters that is tried where a metric may drop."""
 
@@ -106,14 +106,23 @@ def whole_budget(
         BudgetError: Not even the smallest ranks fit; the message tells the least that is possible.
     """
     if in_bytes:
-        width = {name: matrix(module).element_size() for name, module in modules.items()}
-        sizes = {
-            n: Size(s.dense_parameters * width[n], s.parameters_per_rank * width[n], s.full_rank)
-            for n, s in sizes.items()
-        }
+        sizes = sizes_in_bytes(sizes, {name: matrix(module).element_size() for name, module in modules.items()})
         total = sum({t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}.values())
     else:
         total = sum(parameter.numel() for parameter in model.parameters())
+    return dict(sizes), budget_left(total, sizes, limit, multiple, in_bytes=in_bytes)
+
+
+def sizes_in_bytes(sizes: Mapping[str, Size], widths: Mapping[str, int]) -> dict[str, Size]:
+    """The sizes of modules in bytes, from those in parameters and the bytes of one."""
+    return {
+        n: Size(s.dense_parameters * widths[n], s.parameters_per_rank * widths[n], s.full_rank)
+        for n, s in sizes.items()
+    }
+
+
+def budget_left(total: int, sizes: Mapping[str, Size], limit: int, multiple: int, *, in_bytes: bool) -> int:
+    """The modules' part of a limit for a model that takes `total`, all in one unit; see `whole_budget`."""
     dense = sum(size.dense_parameters for size in sizes.values())
     least = total - dense + sum(_fewest(size, multiple) for size in sizes.values())
     if limit < least:
@@ -123,16 +132,26 @@ def whole_budget(
             f"{multiple} everywhere; {total - dense:,} {unit} are of modules that are not factored. Allow as many, "
             "take a smaller rank_multiple, or include more modules."
         )
-    return dict(sizes), limit - (total - dense)
+    return limit - (total - dense)
 
 
 def budgeted(
-    kept: Mapping[str, Factors], sizes: Mapping[str, Size], budget: int, multiple: int, weighting: str
+    kept: Mapping[str, Factors],
+    sizes: Mapping[str, Size],
+    budget: int,
+    multiple: int,
+    weighting: str,
+    row_energy: Mapping[str, float] | None = None,
 ) -> Allocation:
-    """The ranks that lose least within a budget, in the unit of the sizes."""
+    """The ranks that lose least within a budget, in the unit of the sizes.
+
+    With gradients (`row_energy`, or a Fisher weighting) errors are in units of the loss, and a module may lose half of
+    what one ratio for all would give it; without, little may be moved.
+    """
     energy = {name: found.input_energy for name, found in kept.items()}
-    tails = comparable_tails({name: found.tails for name, found in kept.items()}, weighting, energy)
-    return budget_ranks(tails, sizes, budget, multiple)
+    tails = comparable_tails({name: found.tails for name, found in kept.items()}, weighting, energy, row_energy)
+    share = LEAST_SHARE if row_energy is None and "fisher" not in weighting else LEAST_SHARE_OF_LOSS
+    return budget_ranks(tails, sizes, budget, multiple, least_share=share)
 
 
 def _fewest(size: Size, multiple: int) -> int:
@@ -170,7 +189,7 @@ class DropTrial:
         score = evaluate(self.model, rows, metric, processor=processor).main
         if score.value is None:
             raise SettingError(f"The metric {score.metric} is undefined for the dense model on these rows.")
-        falls = not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", score.metric.lower()))
+        falls = is_lower_better(score.metric)
         trial = copy.deepcopy(self.model)
         dense = {name: trial.get_submodule(name) for name in self.kept}
         total = sum(size.dense_parameters for size in self.sizes.values())

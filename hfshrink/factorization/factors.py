@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,20 +34,16 @@ class Decomposition:
     Attributes:
         tails: Squared weighted error left at rank 0, 1, …; float64 on the CPU. All ranks 0..k with k = min(out, in)
             for the full solver, however few factors were kept; 0..max_rank for the randomized one.
-        max_rank: Largest rank that `factors` can give.
-        weight: W, shape (out, in), as it was given.
-        left: (out, max_rank) or, where W is tall, (in, max_rank): up = left or W · left, before balancing.
-        right: (max_rank, out) or, where W is tall, (max_rank, in): down = right · W or right, before balancing.
+        up: Shape (out, max_rank), float64, beside the weight.
+        down: Shape (max_rank, in).
     """
 
     tails: Tensor
-    max_rank: int
-    weight: Tensor
-    left: Tensor
-    right: Tensor
+    up: Tensor
+    down: Tensor
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The factors up (out, rank) and down (rank, in), float64.
+        """The factors up (out, rank) and down (rank, in), float64: the first components of the largest ones.
 
         Each component is split evenly: its column of `up` and its row of `down` have the same norm. Without weighting
         that is the root of the singular value on both sides. Of a component of norm 0 one side is 0.
@@ -59,16 +56,8 @@ class Decomposition:
             >>> (up @ down).abs().tolist(), float(up.norm()), float(down.norm())
             ([[0.0, 4.0], [0.0, 0.0]], 2.0, 2.0)
         """
-        check_rank(rank, self.max_rank, self.weight)
-        left, right = (
-            side.clone(memory_format=torch.contiguous_format) for side in (self.left[:, :rank], self.right[:rank])
-        )
-        up, down = (
-            (self.weight.double() @ left, right) if is_tall(self.weight) else (left, right @ self.weight.double())
-        )
-        ratio = down.norm(dim=1) / up.norm(dim=0)
-        scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()
-        return up.mul_(scale), down.div_(scale[:, None])
+        check_rank(rank, len(self.down), (len(self.up), self.down.shape[1]))
+        return self.up[:, :rank], self.down[:rank]
 
 
 def low_rank_factors(
@@ -150,7 +139,7 @@ def decompose(
     out, features = weight.shape
     full = min(out, features)
     max_rank = full if max_rank is None else max_rank
-    check_rank(max_rank, full, weight)
+    check_rank(max_rank, full, weight.shape)
     if solver not in ("auto", "full", "randomized"):
         raise SettingError(f'solver must be "auto", "full" or "randomized", got {solver!r}.')
     rows = None if row_weight is None else _floored_rows(row_weight, weight)
@@ -158,57 +147,15 @@ def decompose(
     if solver == "auto":
         far_below = full >= RANDOMIZED_SIDE and max_rank <= RANDOMIZED_SHARE * full
         solver = "randomized" if far_below else "full"
-    scaled = weight.detach().double() if rows is None else weight.detach().double() * rows[:, None]
     root = gram if gram is None or not is_tall(weight) else _lower_root(gram)
-    tails, vectors = _leading(_small_side(scaled, gram, root), max_rank, solver)
-    left, right = vectors, vectors.T
-    if is_tall(weight):
-        if root is not None:
-            left, right = root @ vectors, torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-    elif rows is not None:
-        left, right = vectors / rows[:, None], vectors.T * rows
-    return Decomposition(tails, max_rank, weight.detach(), left, right)
+    tails, vectors = _leading(_small_side(weight, rows, gram, root), max_rank, solver)
+    return Decomposition(tails, *_balanced_factors(weight, vectors, rows, root))
 
 
-def break_even_rank(out_features: int, in_features: int) -> int:
-    """The largest rank r with r (out + in) < out · in, that is, fewer parameters than dense; 0 where there is none.
-
-    Example:
-        >>> break_even_rank(768, 768), break_even_rank(3072, 768), break_even_rank(1, 768)
-        (383, 614, 0)
-    """
-    return (out_features * in_features - 1) // (out_features + in_features)
-
-
-def rank_for_ratio(out_features: int, in_features: int, rank_ratio: float) -> int:
-    """⌊ρ · out · in / (out + in)⌋: the largest rank whose factors keep at most the part ρ of the dense parameters.
-
-    It is 0 where one component is already more than that, and not limited to `break_even_rank`.
-
-    Raises:
-        SettingError: `rank_ratio` is not above 0 and at most 1.
-
-    Example:
-        >>> rank_for_ratio(768, 768, 0.5), rank_for_ratio(3072, 768, 0.7), rank_for_ratio(2, 768, 0.1)
-        (192, 430, 0)
-    """
-    check_ratio(rank_ratio)
-    exact = rank_ratio * out_features * in_features / (out_features + in_features)
-    return math.floor(exact * (1 + 1e-12))  # 0.7 · 12 · 30 / 42 is just below 6 in binary
-
-
-def check_ratio(rank_ratio: float) -> None:
-    """Raise SettingError unless 0 < `rank_ratio` <= 1; NaN is not."""
-    if not 0 < rank_ratio <= 1:
-        raise SettingError(
-            f"rank_ratio (kept parameters / dense parameters) must be above 0 and at most 1, got {rank_ratio}."
-        )
-
-
-def check_rank(rank: int, largest: int, weight: Tensor) -> None:
-    """Raise SettingError unless `rank` is an integer in 1..largest; `weight` is named by its shape."""
-    if not isinstance(rank, int) or not 1 <= rank <= largest:
-        raise SettingError(f"rank must be in 1..{largest} for a weight of shape {tuple(weight.shape)}, got {rank}.")
+def check_rank(rank: int, largest: int, shape: Sequence[int]) -> None:
+    """Raise SettingError unless `rank` is an integer in 1..largest; `shape` names the weight."""
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= largest:
+        raise SettingError(f"rank must be in 1..{largest} for a weight of shape {tuple(shape)}, got {rank}.")
 
 
 def check_weight(weight: Tensor, dimensions: int) -> None:
@@ -286,12 +233,30 @@ def _check_positive(values: Tensor) -> None:
         raise _negative(f"the eigenvalue {float(values[0]):.3g} beside {float(values[-1]):.3g}, or its product with W")
 
 
-def _small_side(scaled: Tensor, gram: Tensor | None, root: Tensor | None) -> Tensor:
-    """M Mᵀ (out, out), or Mᵀ M (in, in) where W is tall; `scaled` is D W (out, in), `root` S where W is tall."""
-    if is_tall(scaled):
+def _small_side(weight: Tensor, rows: Tensor | None, gram: Tensor | None, root: Tensor | None) -> Tensor:
+    """M Mᵀ (out, out), or Mᵀ M (in, in) where W is tall, with S in `root`."""
+    scaled = weight.detach().double() if rows is None else weight.detach().double() * rows[:, None]
+    if is_tall(weight):
         inner = scaled.T @ scaled
         return inner if root is None else root.T @ inner @ root
     return (scaled if gram is None else scaled @ gram) @ scaled.T
+
+
+def _balanced_factors(
+    weight: Tensor, vectors: Tensor, rows: Tensor | None, root: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """D⁻¹ U and Uᵀ D W, or W S V and Vᵀ S⁻¹ where W is tall, each component with the same norm on both sides."""
+    dense = weight.detach().double()
+    if not is_tall(weight):
+        up = vectors if rows is None else vectors / rows[:, None]
+        down = (vectors.T if rows is None else vectors.T * rows) @ dense
+    else:
+        up = dense @ (vectors if root is None else root @ vectors)
+        down = vectors.T if root is None else torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
+    del dense  # as large as both factors, or larger
+    ratio = down.norm(dim=1) / up.norm(dim=0)
+    scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()
+    return up.mul_(scale).contiguous(), down.div_(scale[:, None]).contiguous()
 
 
 def _leading(square: Tensor, rank: int, solver: str) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,10 +17,21 @@ from hfshrink.factorization.convolutions import tucker_factors, tucker_ranks
 from hfshrink.factorization.deciding import DropTrial, Factors, budgeted, factor, whole_budget
 from hfshrink.factorization.request import Request
 from hfshrink.factorization.sites import matrix, size_of
-from hfshrink.factorization.statistics import layer_statistics, read_rows
+from hfshrink.factorization.statistics import layer_statistics, read_rows, row_energies
 from hfshrink.layers import CompressedLayer, TuckerConv2d
 from hfshrink.modules import replace_module
 from hfshrink.terminal import progress
+
+SOURCES = {
+    "none": "Eckart and Young 1936, doi:10.1007/BF02288367",
+    "fisher": "Hsu et al. 2022, arXiv:2207.00112",
+    "activation": "Wang et al. 2024, arXiv:2403.07378",
+    "fisher+activation": "Hsu et al. 2022, arXiv:2207.00112; Wang et al. 2024, arXiv:2403.07378",
+}
+LARGE_ERROR = 0.5
+"""Share of a module's energy whose loss is worth a warning."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,6 +89,17 @@ def make(request: Request, modules: Mapping[str, nn.Module]) -> Made:
     return _by_budget(request, modules, sizes)
 
 
+def warn(made: Made, modules: int) -> None:
+    """Log what a user of `modules` modules will not expect: nothing gained, or much lost."""
+    if not made.layers:
+        name, reason = next(iter(made.reasons.items()))
+        logger.warning("factorize: all %d modules stay dense; %s: %s.", modules, name, reason)
+    lossy = [name for name, error in made.errors.items() if error > LARGE_ERROR]
+    if lossy:
+        names = ", ".join(lossy[:6])
+        logger.warning("factorize: %d modules lose more than half of their energy: %s", len(lossy), names)
+
+
 def _by_energy(request: Request, modules: Mapping[str, nn.Module], sizes: Mapping[str, Size]) -> Made:
     largest, reasons = _largest_ranks(sizes)
 
@@ -110,9 +133,10 @@ def _by_budget(request: Request, modules: Mapping[str, nn.Module], sizes: Mappin
     budget -= sum(costs.pop(name).dense_parameters for name in largest if name not in kept)
     if not kept:
         return made
+    energies = _energies(request, {name: modules[name] for name in kept})
 
     def allocate(budget: int) -> Allocation:
-        return budgeted(kept, costs, max(budget, 1), multiple, request.weighting)
+        return budgeted(kept, costs, max(budget, 1), multiple, request.weighting, energies)
 
     if limit is None:
         trial = DropTrial(request.model, kept, costs, request.form, allocate)
@@ -130,6 +154,13 @@ def _by_budget(request: Request, modules: Mapping[str, nn.Module], sizes: Mappin
             made.put(name, modules[name], kept[name], rank, request.form)
     made.reasons |= ranks.reasons
     return made
+
+
+def _energies(request: Request, modules: Mapping[str, nn.Module]) -> dict[str, float] | None:
+    """What the gradients of the loss say of whole modules, where there are rows and the factors do not know it yet."""
+    if request.calibration is None or "fisher" in request.weighting:
+        return None
+    return row_energies(request.model, modules, request.data(), request.form)
 
 
 def _layer_by_layer(

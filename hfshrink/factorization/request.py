@@ -119,8 +119,8 @@ class Request:
 
     def _given(self) -> dict[str, Any]:
         given = {name: getattr(self, name) for name, default in DEFAULTS.items() if getattr(self, name) != default}
-        if callable(self.metric):
-            given["metric"] = getattr(self.metric, "__name__", type(self.metric).__name__)
+        if "metric" in given:
+            given["metric"] = _metric_title(self.metric)
         for name in ("include", "exclude"):
             if name in given and not isinstance(given[name], str):
                 given[name] = list(given[name])
@@ -161,6 +161,13 @@ class Request:
                 f"update_inputs=True is about the inputs of later layers, which weighting={self.weighting!r} does not "
                 'read. Take weighting="activation" with calibration data.'
             )
+
+
+def _metric_title(metric: Any) -> Any:
+    """A metric's name, or the names of some, for the record."""
+    if isinstance(metric, list | tuple):
+        return [_metric_title(one) for one in metric]
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
 
 
 def _check_whole(name: str, number: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,23 +13,13 @@ from torch import nn
 
 from hfshrink.checkpoint import set_layers
 from hfshrink.evaluation.profiling import weight_bytes
-from hfshrink.factorization.making import Made, make
+from hfshrink.factorization.making import SOURCES, make, warn
 from hfshrink.factorization.request import Request
 from hfshrink.factorization.sites import factorable
+from hfshrink.factorization.streaming import stream_request, streams
 from hfshrink.modules import measure_parameters, replace_module
 from hfshrink.record import StepRecord, append_step, config_of, report
 from hfshrink.saving import save_aside
-
-SOURCES = {
-    "none": "Eckart and Young 1936, doi:10.1007/BF02288367",
-    "fisher": "Hsu et al. 2022, arXiv:2207.00112",
-    "activation": "Wang et al. 2024, arXiv:2403.07378",
-    "fisher+activation": "Hsu et al. 2022, arXiv:2207.00112; Wang et al. 2024, arXiv:2403.07378",
-}
-LARGE_ERROR = 0.5
-"""Share of a module's energy whose loss is worth a warning."""
-
-logger = logging.getLogger(__name__)
 
 
 def factorize(  # noqa: PLR0913
@@ -59,14 +48,18 @@ def factorize(  # noqa: PLR0913
     Exactly one of `rank_ratio`, `rank`, `energy`, `max_parameters`, `max_size_bytes` and `max_drop` says how small the
     model gets. A module that no rank makes smaller, or that is worth its parameters, stays dense and is listed in the
     record with the reason. The saved model needs `import hfshrink` before `from_pretrained`; `to_dense` folds the
-    factors back. To recover accuracy, train the factored model with `CompressionTrainer`.
+    factors back. To recover accuracy, train the factored model with `CompressionTrainer`, or adapters of peft on the
+    factors, `LoraConfig(target_modules=[], target_parameters=["query.weight", "query.up"])`, which `merge_and_unload`
+    adds to them; the empty list keeps peft from looking for plain Linears.
 
     Args:
         model: A model, a folder or a Hub id; a model is changed in place.
         rank_ratio: Kept parameters / dense parameters of each module's weight, in (0, 1).
         rank: The same rank for all.
         energy: Share of the (weighted) squared norm that each module keeps, in (0, 1).
-        max_parameters: Of the whole model. Ranks are spread by what each module loses per parameter.
+        max_parameters: Of the whole model. Ranks are spread by what each module loses per parameter, in units of the
+            loss where `calibration` has labels, or is for a language model (K-FAC, arXiv:1503.05671): far better than
+            without.
         max_size_bytes: Of all tensors that are saved, in their dtype; the files' headers come on top.
         max_drop: How far `metric` may fall, in its own unit: 0.01 is one point of accuracy. The smallest budget that
             holds it on the rows of `calibration`, which need labels, is found by bisection. Use validation rows: rows
@@ -80,19 +73,22 @@ def factorize(  # noqa: PLR0913
             * "fisher+activation": both
         calibration: Rows like those that the model will see: a `datasets.Dataset`, a Hub id, a folder or an iterable
             of batches. At most 2,048 rows and 262,144 tokens are read; padding does not count. There must be as many
-            tokens as a module has input features, better ten times as many.
+            tokens as a module has input features, better ten times as many; where there are more than eight times as
+            many, an even sample of them enters its Gram matrix.
         form: Of convolutions: "channel" (k×k into `rank` channels, then 1×1), "separable" (k×1, then 1×k) or "tucker"
             (1×1, k×k, 1×1; with `rank_ratio` only). The weighting serves "channel"; the others are plain.
         update_inputs: With "activation": whether each layer is fitted to what the factored layers before it make.
         rank_multiple: Ranks are rounded to a multiple of it.
         include: Wildcards of module names. Embeddings are factored where a wildcard names nothing but embeddings.
         exclude: Wildcards of names to leave out; None means the task head, `()` nothing. Tied weights stay dense.
-        output_dir: Where to save the model with its tokenizer; None keeps it in memory.
+        output_dir: Where to save the model with its tokenizer; None keeps it in memory. A folder or Hub id without
+            `calibration` goes there file to file, in the form "channel": the model never is in memory, and a call
+            that was killed goes on where it stood.
         max_shard_size: Largest file there.
         overwrite: Whether a folder with files in it may be replaced.
 
     Returns:
-        The model, with the step in its record.
+        The model, with the step in its record; the folder, where a named checkpoint went file to file.
 
     Raises:
         SettingError: A keyword out of range, none or two that say how small, too few tokens, no labels where they are
@@ -116,25 +112,27 @@ def factorize(  # noqa: PLR0913
         model, rank_ratio, rank, energy, max_parameters, max_size_bytes, max_drop, metric, weighting or "",
         calibration, form, update_inputs, rank_multiple, include, exclude, target, overwrite,
     )  # fmt: skip
-    with nullcontext() if target is None else save_aside(target, overwrite) as folder:
-        network = request.load()
-        modules, skipped = factorable(network, include, exclude, form)
-        before = dataclasses.replace(measure_parameters(network), size_bytes=request.source_bytes())
-        with _undone_on_error(network, modules):
-            made = make(request, modules)
-            set_layers(network, made.layers)
-            _warn(made, len(modules))
-            step = StepRecord(
-                technique="factorize",
-                method=request.weighting,
-                settings=request.settings,
-                before=before,
-                modules=list(made.layers),
-                skipped=skipped | made.reasons,
-                results=made.results(modules),
-                source=SOURCES[request.weighting],
-            )
-            _finish(request, step, start, folder, max_shard_size)
+    if streams(request):
+        return stream_request(request, max_shard_size, start)
+    network = request.load()
+    modules, skipped = factorable(network, include, exclude, form)
+    before = dataclasses.replace(measure_parameters(network), size_bytes=request.source_bytes())
+    aside = nullcontext() if target is None else save_aside(target, overwrite)
+    with _undone_on_error(network, modules), aside as folder:  # in this order: the last move may fail too
+        made = make(request, modules)
+        set_layers(network, made.layers)
+        warn(made, len(modules))
+        step = StepRecord(
+            technique="factorize",
+            method=request.weighting,
+            settings=request.settings,
+            before=before,
+            modules=list(made.layers),
+            skipped=skipped | made.reasons,
+            results=made.results(modules),
+            source=SOURCES[request.weighting],
+        )
+        _finish(request, step, start, folder, max_shard_size)
     return network
 
 
@@ -165,13 +163,3 @@ def _undone_on_error(model: Any, modules: Mapping[str, nn.Module]) -> Iterator[N
             config.pop(key, None)
         config.update(held)
         raise
-
-
-def _warn(made: Made, modules: int) -> None:
-    if not made.layers:
-        name, reason = next(iter(made.reasons.items()))
-        logger.warning("factorize: all %d modules stay dense; %s: %s.", modules, name, reason)
-    lossy = [name for name, error in made.errors.items() if error > LARGE_ERROR]
-    if lossy:
-        names = ", ".join(lossy[:6])
-        logger.warning("factorize: %d modules lose more than half of their energy: %s", len(lossy), names)

@@ -18,6 +18,9 @@ from hfshrink.layerwise import TOKENS, CalibrationData, walk, without_cache
 from hfshrink.loading import load
 from hfshrink.terminal import progress
 
+GRADIENT_TOKENS = 4096
+"""Tokens whose gradients say which modules matter."""
+
 Batch = Mapping[str, Tensor]
 
 
@@ -32,7 +35,8 @@ def collect_statistics(
 ) -> dict[str, ModuleStatistics]:
     """The statistics of all modules of a model at once, for `perturbation` and `factor_errors`.
 
-    `factorize` collects its own, one layer at a time.
+    `factorize` collects its own, one layer at a time. Of inputs with more than 32 tokens per feature an even sample of
+    about as many is multiplied, and its Gram matrix scaled up to all tokens.
 
     Args:
         model: A model, a folder or a Hub id.
@@ -105,7 +109,7 @@ def layer_statistics(
     if not fed:
         return
     with eval_mode(model), torch.no_grad():
-        for stats in walk(model, fed, "input_gram", batches, rerun=update_inputs):
+        for stats in walk(model, fed, "input_gram", batches, rerun=update_inputs, sampled=True):
             for name, found in stats.items():
                 if given is not None and found.tokens < given and found.tokens < _features(fed[name]):
                     found.input_gram = None
@@ -173,6 +177,26 @@ def squared_gradients(
     return {
         name: ModuleStatistics(backwards=len(rows), squared_gradient=total)
         for name, total in zip(modules, sums, strict=True)
+    }
+
+
+def row_energies(
+    model: Any, modules: Mapping[str, nn.Module], data: CalibrationData, form: str = "channel"
+) -> dict[str, float] | None:
+    """Module -> Σ_ij F_ij / rows of its matrix, for `comparable_tails`; None where the data has no labels.
+
+    One number a module needs fewer rows than weights of all rows: `GRADIENT_TOKENS` tokens, and 256 rows at most.
+    """
+    few = data.batches(with_labels=True, tokens=GRADIENT_TOKENS)[:16]
+    first = next(_single_rows(few[0]))
+    with eval_mode(model), torch.no_grad():
+        if getattr(model(**first, **without_cache(model)), "loss", None) is None:
+            return None
+    squares = squared_gradients(model, modules, few)
+    return {
+        name: float(torch.as_tensor(squares[name].squared_gradient).double().sum())
+        / matrix(module, form=form).shape[0]
+        for name, module in modules.items()
     }
 
 

@@ -2,30 +2,96 @@
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hfshrink.calibration import ModuleStatistics
-from hfshrink.checkpoint import set_layers
+from hfshrink.checkpoint import METHOD, set_layers
 from hfshrink.errors import SettingError, UnsupportedModelError
-from hfshrink.factorization.allocation import Allocation, energy_ranks, fixed_ranks, uniform_ranks
-from hfshrink.factorization.deciding import Factors, factor
+from hfshrink.evaluation.profiling import weight_bytes
+from hfshrink.factorization.allocation import Allocation
+from hfshrink.factorization.deciding import factor
+from hfshrink.factorization.making import SOURCES, Made, warn
+from hfshrink.factorization.request import Request
 from hfshrink.factorization.sites import factorable, factored, matrix, size_of
+from hfshrink.factorization.streamed_ranks import KEYWORDS, Notes, Sites, Sizing, known_ranks, ranks_by_tails
 from hfshrink.layers import CompressedLayer
-from hfshrink.record import versions
-from hfshrink.saving import check_target, read_config, write_text
+from hfshrink.loading import EXPORT_MANIFEST
+from hfshrink.measurement import Measurement
+from hfshrink.record import StepRecord, report
+from hfshrink.saving import check_target, read_config
 from hfshrink.streaming.shards import Plan, partial_folder, to_bytes, write_checkpoint, write_config
-from hfshrink.streaming.skeleton import Skeleton, count_names, read_skeleton
-from hfshrink.streaming.sources import check_outside, find_folder, fingerprint, weight_files
+from hfshrink.streaming.skeleton import count_names, read_skeleton
+from hfshrink.streaming.sources import check_outside, find_folder
 
-PIECE = 2**21  # values looked at at once, when weights are checked
+logger = logging.getLogger(__name__)
+
+
+def streams(request: Request) -> bool:
+    """Whether a request goes file to file: named, to a folder, without data, and with plain weights in the source.
+
+    A checkpoint of compressed layers is loaded, and so are exports, which have their own error, and the forms of
+    convolutions that have no plain matrix.
+    """
+    if not request.is_named or request.output_dir is None or request.calibration is not None:
+        return False
+    source = Path(request.source).expanduser()
+    if request.form != "channel" or (source / EXPORT_MANIFEST).exists():
+        return False
+    return _method(read_config(source if source.is_dir() else request.source)) != METHOD
+
+
+def stream_request(request: Request, max_shard_size: int | str, start: float) -> Path:
+    """Meet a request file to file; the record is written before the folder is moved into place.
+
+    Args:
+        request: One that `streams`.
+        max_shard_size: Largest output file.
+        start: Of the call, by `time.perf_counter`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SettingError: See `stream_factors`; so with the others.
+        BudgetError: The budget can't be met.
+        UnsupportedModelError: transformers rebuilds tensors of this family while loading.
+        CheckpointError: The source can't be read, or the folder can't be written.
+    """
+    source, target = find_folder(request.source), Path(request.output_dir or "")
+    report(source)  # a step is appended at the end: what can't be read is told before work
+    base = source.name if Path(request.source).expanduser().is_dir() else str(request.source)
+
+    def record(aside: Path, results: dict[str, Any]) -> None:
+        found = dict(results)
+        step = StepRecord(
+            technique="factorize",
+            method=request.weighting,
+            settings=request.settings,
+            before=Measurement(parameters=found.pop("parameters_before"), size_bytes=weight_bytes(source)),
+            after=Measurement(parameters=found.pop("parameters_after"), size_bytes=weight_bytes(aside)),
+            modules=found.pop("modules"),
+            skipped=found.pop("skipped"),
+            results=found,
+            seconds=time.perf_counter() - start,
+            source=SOURCES[request.weighting],
+        )
+        old = report(aside)
+        new = dataclasses.replace(old, steps=(*old.steps, step), compressed=Measurement())
+        dataclasses.replace(new, base_model=old.base_model or base or None).save(aside)
+
+    names = (*KEYWORDS, "rank_multiple", "include", "exclude", "overwrite")
+    how: dict[str, Any] = {name: getattr(request, name) for name in names}
+    stream_factors(source, target, **how, max_shard_size=max_shard_size, record=record)
+    return target
 
 
 def stream_factors(  # noqa: PLR0913
@@ -35,6 +101,8 @@ def stream_factors(  # noqa: PLR0913
     rank_ratio: float | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    max_parameters: int | None = None,
+    max_size_bytes: int | None = None,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] | None = None,
     rank_multiple: int = 8,
@@ -51,18 +119,21 @@ def stream_factors(  # noqa: PLR0913
     source's keys. A call that was killed goes on where it stood when it is made again: finished shards wait in a
     hidden folder beside `output_dir`.
 
-    In memory are one output shard and one decomposition in float64: 4 to 5 times the bytes of a float32 weight whose
-    sides are 3 : 1, 8 times those of a square one (twice as much for 16 bits). Where an embedding is the largest
-    tensor, as in language models, that is less than 4 times the largest tensor.
+    In memory are one output shard and one decomposition in float64: about 6 times the bytes of a float32 weight whose
+    sides are 3 : 1, 8.5 times those of a square one (twice as much for 16 bits), most of it the eigen-decomposition's
+    own. Where an embedding is the largest tensor by far, as in language models, that is less than 4 times the largest
+    tensor; where a factored weight is the largest, it is more.
 
     Args:
         source: A folder or Hub id with safetensors of a dense float model.
         output_dir: Where the result shall lie; missing or empty.
         rank_ratio: Kept parameters / dense parameters of each factored weight, in (0, 1). Exactly one of this and the
-            next two is given.
+            next four is given.
         rank: The same rank for all.
-        energy: Share of each weight's squared norm to keep, in (0, 1]. Reads and decomposes all weights twice: the
-            files can be planned only when all ranks are known.
+        energy: Share of each weight's squared norm to keep, in (0, 1]. This and the budgets read and decompose all
+            weights twice: the files can be planned only when all ranks are known.
+        max_parameters: Of the whole model, as `factorize` spreads them.
+        max_size_bytes: Of all tensors that are written.
         include: `fnmatch` wildcards of modules to factor.
         exclude: Wildcards of modules to leave dense; None means the task head.
         rank_multiple: Ranks by ratio and energy are multiples of it.
@@ -94,7 +165,10 @@ def stream_factors(  # noqa: PLR0913
         >>> AutoModel.from_pretrained(folder / "thin").pooler.dense
         LowRankLinear(in_features=16, out_features=16, rank=4, bias=True)
     """
-    _check_sizes(rank_ratio, rank, energy)
+    sizing = Sizing.of(
+        rank_multiple, rank_ratio=rank_ratio, rank=rank, energy=energy, max_parameters=max_parameters,
+        max_size_bytes=max_size_bytes,
+    )  # fmt: skip
     folder, shard_bytes = find_folder(source, trust_remote_code), to_bytes(max_shard_size)
     check_outside(folder, output_dir)
     check_target(output_dir, overwrite)
@@ -102,77 +176,31 @@ def stream_factors(  # noqa: PLR0913
     skeleton = read_skeleton(folder, task, trust_remote_code)
     sites = Sites(skeleton, *factorable(skeleton.model, include, exclude))
     sites.check_dtypes()
-    ranks = _choose_ranks(sites, rank_ratio, rank, energy, rank_multiple)
+    ranks = known_ranks(sites, sizing)
     sites.check_finite()
-    notes = partial_folder(output_dir).with_suffix(".ranks.json")
-    if energy is not None:
-        ranks = _energy_ranks(sites, energy, rank_multiple, notes)
-    factoring = _plan_layers(sites, ranks, energy is not None)
-    settings = [rank_ratio, rank, energy, factoring.ranks, str(skeleton.model.config.dtype)]
+    notes = Notes.of(partial_folder(output_dir).with_suffix(".notes.jsonl"), skeleton)
+    if ranks is None:
+        ranks = ranks_by_tails(sites, sizing, notes)
+    factoring = _plan_layers(sites, ranks, sizing.by_tails, notes)
+    settings = [sizing.keyword, sizing.value, factoring.ranks, str(skeleton.model.config.dtype)]
     plan = Plan("factorize", skeleton, factoring.sizes(), shard_bytes, settings, has_code=trust_remote_code)
     results: dict[str, Any] = {
         "modules": list(factoring.ranks),
-        "ranks": factoring.ranks,
         **factoring.parameters(),
         "skipped": sites.skipped | ranks.reasons,
         "unused": skeleton.unused,
     }
 
     def finish(aside: Path, counts: dict[str, Any]) -> None:
-        results.update(counts)
+        results.update(counts | factoring.made().results(sites.modules))
         write_config(skeleton.model, aside)
         if record is not None:
             record(aside, results)
 
     write_checkpoint(plan, output_dir, factoring.convert, finish, overwrite)
-    notes.unlink(missing_ok=True)
+    notes.path.unlink(missing_ok=True)
+    warn(factoring.made(), len(sites.modules))
     return results
-
-
-@dataclass(frozen=True)
-class Sites:
-    """The modules of a checkpoint that can be factored.
-
-    Attributes:
-        skeleton: Of the checkpoint.
-        modules: Name -> the dense module, on meta.
-        skipped: Name -> why a module can't be, or shall not be.
-    """
-
-    skeleton: Skeleton
-    modules: dict[str, Any]
-    skipped: dict[str, str]
-
-    def read(self, title: str, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-        """Name of a module and its weight, mapped from its file."""
-        names = [f"{name}.weight" for name in self.modules if name not in without]
-        for name, weight in self.skeleton.read(names, title):
-            yield name.removesuffix(".weight"), weight
-            del weight  # its mapping goes before the next one comes
-
-    def factor(self, name: str, weight: Tensor, rank: int) -> tuple[nn.Module, Factors]:
-        """The module with the weight, in the dtype that a load would give it, and its factors up to a rank."""
-        module = copy.copy(self.modules[name])
-        values = nn.Parameter(weight.to(self.skeleton.dtypes[f"{name}.weight"]), requires_grad=False)
-        module._parameters = {**module._parameters, "weight": values}
-        return module, factor(name, module, rank, ModuleStatistics())
-
-    def check_dtypes(self) -> None:
-        """Refuse weights that are stored as integers or in 8 bits."""
-        for name in self.modules:
-            if f"{name}.weight" not in self.skeleton.dtypes:
-                stored = self.skeleton.places[f"{name}.weight"].dtype
-                raise UnsupportedModelError(f"{name}.weight is stored as {stored}; floats of 16 to 64 bits factor.")
-
-    def check_finite(self) -> None:
-        """Look through all weights: a day of decompositions shall not end in a NaN."""
-        for name, weight in self.read("check"):
-            dtype = self.skeleton.dtypes[f"{name}.weight"]
-            if not all(bool(piece.to(dtype).isfinite().all()) for piece in weight.reshape(-1).split(PIECE)):
-                raise SettingError(
-                    f"{name}.weight has NaN or infinite values as {dtype}. Is the checkpoint corrupt? Otherwise leave "
-                    f"it out: exclude={name!r}."
-                )
 
 
 @dataclass(frozen=True)
@@ -183,25 +211,35 @@ class Factoring:
         sites: The modules of the source.
         layers: Name -> the layer on meta that takes a module's place.
         ranks: Name -> its rank.
-        by_energy: Whether the ranks come from the tails of all factors that save parameters; those kept must be cut
+        reasons: Name of a module that stays dense -> why.
+        by_tails: Whether the ranks come from the tails of all factors that save parameters; those kept must be cut
             from the same ones, as other products round otherwise.
+        notes: Where each module's error is noted.
     """
 
     sites: Sites
     layers: dict[str, CompressedLayer]
     ranks: dict[str, int]
-    by_energy: bool
+    reasons: dict[str, str]
+    by_tails: bool
+    notes: Notes
 
     def sizes(self) -> dict[str, int]:
         """Bytes that are written for each tensor."""
-        found = {}
-        for name, place in self.sites.skeleton.places.items():
-            site, dtype = self._site(name), self.sites.skeleton.dtypes.get(name)
-            count = (
-                place.shape.numel() if site is None else sum(f.numel() for f in _factors(self.layers[site]).values())
-            )
-            found[name] = place.size_bytes if dtype is None else count * dtype.itemsize
+        found, skeleton = {}, self.sites.skeleton
+        for name in skeleton.places:
+            site = self._site(name)
+            if site is None:
+                found[name] = skeleton.loaded_bytes(name)
+            else:
+                count = sum(part.numel() for part in _factors(self.layers[site]).values())
+                found[name] = count * skeleton.dtypes[name].itemsize
         return found
+
+    def made(self) -> Made:
+        """What is told of the layers, as of those that were made in memory; errors once all are converted."""
+        errors = {name: self.notes.error(name, rank) for name, rank in self.ranks.items()}
+        return Made(self.layers, self.reasons, errors)
 
     def parameters(self) -> dict[str, int]:
         """The parameters of the whole model before and after, tied ones once."""
@@ -217,8 +255,10 @@ class Factoring:
         if site is None:
             return {key: tensor.clone() if dtype is None else tensor.to(dtype, copy=True)}
         rank, root = self.ranks[site], key.removesuffix("weight")
-        most = size_of(self.sites.modules[site]).largest_rank if self.by_energy else rank
-        module, found = self.sites.factor(site, tensor, most)
+        module = self.sites.loaded(site, tensor)
+        most = size_of(module).largest_rank if self.by_tails else rank
+        found = factor(site, module, most, ModuleStatistics())
+        self.notes.add("error", site, [rank, found.relative_error(rank)])
         layer = found.layer(module, rank, "channel")
         return {f"{root}{part}": values for part, values in _factors(layer).items()}
 
@@ -232,20 +272,12 @@ def _factors(layer: CompressedLayer) -> dict[str, Tensor]:
     return {name: factor.detach() for name, factor in layer.named_parameters() if name != "bias"}
 
 
-def _check_sizes(rank_ratio: Any, rank: Any, energy: Any) -> None:
-    given = {"rank_ratio": rank_ratio, "rank": rank, "energy": energy}
-    found = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-    if len(found) != 1:
-        raise SettingError(f"Give exactly one of {', '.join(given)}, got {', '.join(found) or 'none'}.")
-
-
 def _check_dense(folder: Path) -> None:
     """Refuse a checkpoint whose weights are not those of the plain model."""
-    held = read_config(folder).get("quantization_config")
-    if not held:
+    method = _method(read_config(folder))
+    if method is None:
         return
-    method = held.get("quant_method") if isinstance(held, dict) else held
-    if method == "hfshrink":
+    if method == METHOD:
         raise SettingError(
             f"{folder} holds compressed layers already, which are not factored file to file. Load it and factorize "
             "the model, or factor what hfshrink.to_dense makes of it."
@@ -256,55 +288,13 @@ def _check_dense(folder: Path) -> None:
     )
 
 
-def _choose_ranks(sites: Sites, rank_ratio: Any, rank: Any, energy: Any, multiple: int) -> Allocation:
-    """The ranks that shapes decide; for an energy, those of spectra that fall evenly, which checks the setting.
-
-    Raises:
-        SettingError: A value out of range, or no rank saves parameters anywhere.
-    """
-    sizes = {name: size_of(module) for name, module in sites.modules.items()}
-    if energy is not None:
-        even = {name: torch.arange(size.full_rank, -1, -1).double() for name, size in sizes.items()}
-        return energy_ranks(even, sizes, energy, multiple)
-    found = uniform_ranks(sizes, rank_ratio, multiple) if rank is None else fixed_ranks(sizes, rank)
-    _check_any(found)
-    return found
+def _method(config: Mapping[str, Any]) -> Any:
+    """What compressed the weights that a config describes; None for plain ones."""
+    held = config.get("quantization_config")
+    return (held.get("quant_method", "") if isinstance(held, dict) else held) if held else None
 
 
-def _energy_ranks(sites: Sites, energy: float, multiple: int, notes: Path) -> Allocation:
-    """The ranks that keep a share of each weight's energy; each is noted in a file, for a call after a kill."""
-    source = fingerprint(weight_files(sites.skeleton.folder))
-    key = {"source": source, "settings": [energy, multiple], "versions": versions()}
-    found = _read_notes(notes, key)
-    sizes = {name: size_of(module) for name, module in sites.modules.items()}
-    for name, weight in sites.read("ranks", without=found):
-        size = sizes[name]
-        tails = sites.factor(name, weight, max(1, size.largest_rank))[1].tails
-        one = energy_ranks({name: tails}, {name: size}, energy, multiple)
-        found[name] = [one[name], one.reasons.get(name)]
-        write_text(notes, json.dumps({"key": key, "ranks": found}))
-        del weight
-    reasons = {name: found[name][1] for name in sizes if found[name][1] is not None}
-    ranks = Allocation({name: found[name][0] for name in sizes}, sizes, reasons)
-    _check_any(ranks)
-    return ranks
-
-
-def _read_notes(notes: Path, key: dict[str, Any]) -> dict[str, Any]:
-    try:
-        noted = json.loads(notes.read_text(encoding="utf-8"))
-        return dict(noted["ranks"]) if noted["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # none, or not ours
-
-
-def _check_any(ranks: Allocation) -> None:
-    if all(rank is None for rank in ranks.values()):
-        shown = "; ".join(f"{name}: {reason}" for name, reason in list(ranks.reasons.items())[:3])
-        raise SettingError(f"No module would become smaller, all {len(ranks)} stay dense ({shown}).")
-
-
-def _plan_layers(sites: Sites, ranks: Mapping[str, int | None], by_energy: bool) -> Factoring:
+def _plan_layers(sites: Sites, ranks: Allocation, by_tails: bool, notes: Notes) -> Factoring:
     """Put the layers in their places in the skeleton, whose config then holds their map."""
     kept = {name: rank for name, rank in ranks.items() if rank is not None}
     layers: dict[str, CompressedLayer] = {}
@@ -313,4 +303,4 @@ def _plan_layers(sites: Sites, ranks: Mapping[str, int | None], by_energy: bool)
         up, down = torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta")
         layers[name] = factored(sites.modules[name], up, down)
     set_layers(sites.skeleton.model, layers)
-    return Factoring(sites, layers, kept, by_energy)
+    return Factoring(sites, layers, kept, ranks.reasons, by_tails, notes)

@@ -82,25 +82,31 @@ def factor_errors(
 
 
 def comparable_tails(
-    tails: Mapping[str, Tensor], weighting: str, input_energy: Mapping[str, float] | None = None
+    tails: Mapping[str, Tensor],
+    weighting: str,
+    input_energy: Mapping[str, float] | None = None,
+    row_energy: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Tails that may be added up over modules, for `budget_ranks`.
 
-    - "none" and "activation": tails[r] / tails[0], the share of the module's energy (or of its output's) that is lost.
-      What a unit of output error costs downstream is unknown, so all modules count alike.
-    - "fisher" and "fisher+activation": tails[r] / tr(G), in units of the loss. To second order the loss rises by
-      ½ Σ_ij F_ij e_ij² where e = W − W_r and F is the Fisher information. With F_ij ≈ w_i² G_jj / tr(G) for row
-      weights w_i² = Σ_j F_ij and inputs of Gram matrix G, and the whole of G for its diagonal (K-FAC,
-      arXiv:1503.05671), this is tail / (2 tr(G)); without a Gram matrix G = I and tr(G) is the number of inputs. The
-      factor ½ and the number of examples are the same for all modules and left out.
+    - With gradients, in units of the loss. To second order the loss rises by ½ Σ_ij F_ij e_ij² where e = W − W_r and F
+      is the Fisher information. With F_ij ≈ w_i² G_jj / tr(G) for row weights w_i² = Σ_j F_ij and inputs of Gram
+      matrix G, and the whole of G for its diagonal (K-FAC, arXiv:1503.05671), this is tail / (2 tr(G)) where the tail
+      is weighted by w ("fisher", "fisher+activation"), and mean(w²) · tail / (2 tr(G)) where it isn't. Without a Gram
+      matrix G = I and tr(G) is the number of inputs. The factor ½ and the number of examples are the same for all
+      modules and left out.
+    - Without: tails[r] / tails[0], the share of the module's energy (or of its output's) that is lost. What a unit of
+      output error costs downstream is unknown then, so all modules count alike, which may do no better than one ratio
+      for all.
 
     Args:
         tails: Module -> squared error left at rank 0, 1, …, weighted.
         weighting: What they were weighted by.
-        input_energy: Module -> tr(G), or its number of input features for "fisher"; needed with Fisher only.
+        input_energy: Module -> tr(G), or its number of input features without a Gram matrix; needed with gradients.
+        row_energy: Module -> mean(w²) = Σ_ij F_ij / rows, for "none" and "activation"; None knows no gradients.
 
     Raises:
-        SettingError: An unknown weighting, or input_energy is missing for a module or not above 0.
+        SettingError: An unknown weighting, or an energy that is missing for a module or out of range.
 
     Example:
         >>> import torch
@@ -108,18 +114,23 @@ def comparable_tails(
         [1.0, 0.25, 0.0]
         >>> comparable_tails({"a": torch.tensor([8.0, 2.0, 0.0])}, "fisher", {"a": 4})["a"].tolist()
         [2.0, 0.5, 0.0]
+        >>> comparable_tails({"a": torch.tensor([8.0, 2.0, 0.0])}, "activation", {"a": 4}, {"a": 3})["a"].tolist()
+        [6.0, 1.5, 0.0]
     """
     if weighting not in WEIGHTINGS:
         raise SettingError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}.")
     scaled = {}
     for name, found in tails.items():
-        if "fisher" in weighting:
-            scale = float((input_energy or {}).get(name, math.nan))
-            if not 0 < scale < math.inf:
-                raise SettingError(f"input_energy of {name} must be above 0 for {weighting!r}, got {scale!r}.")
-        else:
-            scale = float(found[0]) or 1.0
-        scaled[name] = found.double() / scale
+        factor = 1 / (float(found[0]) or 1.0)
+        if "fisher" in weighting or row_energy is not None:
+            inputs = float((input_energy or {}).get(name, math.nan))
+            rows = 1.0 if "fisher" in weighting else float((row_energy or {}).get(name, math.nan))
+            if not 0 < inputs < math.inf:
+                raise SettingError(f"input_energy of {name} must be above 0 for {weighting!r}, got {inputs!r}.")
+            if not 0 <= rows < math.inf:
+                raise SettingError(f"row_energy of {name} must be at least 0, got {rows!r}.")
+            factor = rows / inputs
+        scaled[name] = found.double() * factor
     return scaled
 
 
@@ -231,6 +242,8 @@ def decompose_module(
 ) -> Decomposition:
     """The decomposition of a module's weight as (out, in), weighted; convolutions in the form "channel".
 
+    All tails, and the factors of all ranks that save parameters.
+
     Raises:
         SettingError: What `decompose` says, with the module's name.
     """
@@ -240,7 +253,7 @@ def decompose_module(
         row_weight = matrix(module, squares).double().sum(dim=1).sqrt()
     input_gram = collected.input_gram if "activation" in weighting else None
     try:
-        return decompose(matrix(module), row_weight=row_weight, input_gram=input_gram)
+        return decompose(matrix(module), size_of(module).largest_rank, row_weight=row_weight, input_gram=input_gram)
     except SettingError as error:
         raise SettingError(f"{error} ({name})") from None
 

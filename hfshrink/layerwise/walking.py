@@ -10,37 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hfshrink.calibration import ModuleStatistics, collect
+from hfshrink.calibration import ModuleStatistics
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.layerwise.counting import InputCounter
 from hfshrink.layerwise.running import hidden_of, run_layer, without_cache
+from hfshrink.layerwise.whole import valid_positions, whole_statistics
 from hfshrink.modules import layer_stack
 
 Batch = Mapping[str, Tensor]
-MANY = 3
-"""Batches from which on it is worth trying to record them without running the layers."""
 
 
 def walk(
-    model: Any, modules: Mapping[str, nn.Module], what: str, batches: Sequence[Batch], *, rerun: bool = True
+    model: Any,
+    modules: Mapping[str, nn.Module],
+    what: str,
+    batches: Sequence[Batch],
+    *,
+    rerun: bool = True,
+    sampled: bool = False,
 ) -> Iterator[dict[str, ModuleStatistics]]:
     """Statistics of the inputs of some modules, one layer at a time; change a layer's modules before asking for more.
 
     All batches wait in front of a layer as hidden states: the layer runs once to count, and, when the caller comes
     back, once more as it then is, for the next layer's inputs (`rerun`). Products are float32 over some thousand
-    tokens, whose sums are added in float64. Modules outside the layers (poolers, embedding
-    projections) come last, all at once, counted in runs of the whole changed model. A model without one stack of
-    layers (convolutional, encoder-decoder) is counted as a whole, unchanged. Padding does not count.
+    tokens, whose sums are added in float64. Modules outside the layers (poolers, embedding projections) come last,
+    all at once, fed what the changed layers make. A model without one stack of layers (convolutional,
+    encoder-decoder) is counted as a whole, unchanged. Padding does not count: of a decoder's inputs made of labels,
+    positions whose label is none; of an encoder's output that a decoder reads, that of the encoder.
 
     Args:
         model: In eval mode; call under `torch.no_grad`.
         modules: Name -> Linear, Conv1D or Conv2d.
         what: `"input_gram"` or `"input_square"`, the field of the statistics that is filled. The inputs of a Conv2d
             are the patches that its kernel sees, flattened to (in·height·width).
-        batches: Model inputs on the model's device; labels are left out, but for an encoder-decoder that makes its
-            decoder's inputs of them.
+        batches: Model inputs on the model's device; labels are left out, but for an encoder-decoder, whose decoder's
+            inputs and padding they tell.
         rerun: False where the caller changes nothing, or where later layers shall be fed what the unchanged ones
             make: each layer runs once then.
+        sampled: Whether an even sample of tokens will do, see `InputCounter`: a Gram matrix of all costs more than
+            the forward pass itself.
 
     Yields:
         Module name -> statistics; every module once.
@@ -52,48 +60,116 @@ def walk(
     given = [_inputs(model, batch) for batch in batches]
     if not given:
         raise SettingError("The calibration data is empty: it has no batch.")
-    inside: set[str] = set()
     try:
-        stack, layers = layer_stack(model)
+        stack, layers = ("", nn.ModuleList()) if _is_pair(model) else layer_stack(model)
     except UnsupportedModelError:
-        pass  # counted as a whole below
-    else:
-        inside = {name for name in modules if name.startswith(f"{stack}.")}
-        _check_all_run(model, {name: module for name, module in modules.items() if name not in inside}, given[0])
-        chosen = [
-            {name: m for name, m in modules.items() if name.startswith(f"{stack}.{i}.")} for i in range(len(layers))
-        ]
-        for stats in _walk_layers(model, layers, chosen, (what, rerun), given) if inside else ():
-            yield _complete(stats)
-    outside = {name: module for name, module in modules.items() if name not in inside}
+        stack = ""
+    if not stack:
+        yield _complete(whole_statistics(model, modules, what, given, sampled=sampled))
+        return
+    chosen = [{name: m for name, m in modules.items() if name.startswith(f"{stack}.{i}.")} for i in range(len(layers))]
+    outside = {name: module for name, module in modules.items() if not name.startswith(f"{stack}.")}
+    waiting: list[_Calls] = []
+    if len(outside) < len(modules):
+        fed = _fed(model, outside, _first_row(given[0]))  # told before a layer is changed
+        _complete({name: ModuleStatistics(tokens=len(inputs)) for name, inputs in fed.items()})
+        waiting = _record_all(model, layers, given)
+        to_end = bool(outside) and waiting[0].plain
+        last = len(layers) - 1 if to_end else max(number for number, some in enumerate(chosen) if some)
+        tokens = sum(int(calls.valid.sum()) for calls in waiting) if sampled else None
+        for number in range(last + 1):
+            counted = bool(chosen[number])
+            if counted:
+                with InputCounter(chosen[number], what, tokens) as counter:
+                    _run(layers[number], number, waiting, counter, keeps=not rerun)
+                yield _complete(counter.stats)
+            if (rerun or not counted) and (number < last or to_end):
+                _run(layers[number], number, waiting)
     if outside:
-        yield _complete(_whole_statistics(model, outside, what, given))
+        yield _complete(_outside(model, layers, (outside, what, sampled), given, waiting))
+
+
+def _run(
+    layer: nn.Module,
+    number: int,
+    waiting: Sequence[_Calls],
+    counter: InputCounter | None = None,
+    *,
+    keeps: bool = True,
+) -> None:
+    """Run a layer on all batches; what it makes waits in front of the next one, if `keeps`."""
+    for calls in waiting:
+        if counter is not None:
+            counter.start(calls.valid)
+        hidden = run_layer(layer, calls.hidden, calls.others[number])
+        calls.hidden = hidden if keeps else calls.hidden
+
+
+def _outside(
+    model: Any,
+    layers: nn.ModuleList,
+    what: tuple[Mapping[str, nn.Module], str, bool],
+    given: Sequence[Batch],
+    waiting: Sequence[_Calls],
+) -> dict[str, ModuleStatistics]:
+    """Statistics of modules outside the layers, which run again only where the others need more than their result."""
+    modules, field, sampled = what
+    if waiting and waiting[0].plain and _is_enough(model, layers, modules, _first_row(given[0])):
+        results = [calls.hidden for calls in waiting]
+        return whole_statistics(
+            model, modules, field, given, sampled=sampled, around=lambda i: _passed_through(layers, results[i])
+        )
+    return whole_statistics(model, modules, field, given, sampled=sampled)
+
+
+def _is_enough(model: Any, layers: nn.ModuleList, modules: Mapping[str, nn.Module], row: Batch) -> bool:
+    """Whether the last layer's output alone makes what modules outside the layers are fed."""
+    outputs: list[Any] = []
+    handle = layers[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        whole = _fed(model, modules, row)
+    finally:
+        handle.remove()
+    if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
+        return False
+    with _passed_through(layers, outputs[0]):
+        return _is_same(_fed(model, modules, row), whole)
+
+
+def _is_pair(model: Any) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _inputs(model: Any, batch: Batch) -> dict[str, Tensor]:
     """A batch without labels, where the model runs without."""
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in batch:
+    if _is_pair(model):
         return dict(batch)
     return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
 
-def _check_all_run(model: Any, modules: Mapping[str, nn.Module], batch: Batch) -> None:
-    """Raise for modules outside the layers that nothing calls, before the layers are changed."""
-    if modules:
-        silent = set(modules)
-        with ExitStack() as hooks:
-            for name, module in modules.items():
-                hooks.callback(module.register_forward_pre_hook(lambda *_, name=name: silent.discard(name)).remove)
+def _first_row(batch: Batch) -> Batch:
+    """One row to try things on, of a batch whose tensors all have rows."""
+    lengths = {len(values) if values.ndim else 0 for values in batch.values()}
+    return {name: values[:1] for name, values in batch.items()} if len(lengths) == 1 and lengths != {0} else batch
+
+
+def _fed(model: Any, modules: Mapping[str, nn.Module], batch: Batch) -> dict[str, list[Tensor]]:
+    """What each module is fed with one batch."""
+    found: dict[str, list[Tensor]] = {name: [] for name in modules}
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            see = lambda _, args, kw, name=name: found[name].append((args or tuple(kw.values()))[0].clone())  # noqa: E731
+            hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+        if modules:
             model(**batch, **without_cache(model))
-        _complete({name: ModuleStatistics(tokens=name not in silent) for name in modules})
+    return found
 
 
 @dataclass
 class _Calls:
     """One batch on its way: the hidden state (batch, sequence, hidden), and what else each layer is given."""
 
-    valid: Tensor | None
+    valid: Tensor = field(default_factory=lambda: torch.empty(0))
     others: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     plain: bool = True  # whether all layers return the hidden state and nothing else
@@ -103,48 +179,26 @@ class _Stop(Exception):  # noqa: N818  no error: ends a forward pass whose rest 
     pass
 
 
-def _walk_layers(
-    model: Any,
-    layers: nn.ModuleList,
-    chosen: Sequence[Mapping[str, nn.Module]],
-    how: tuple[str, bool],
-    given: Sequence[Batch],
-) -> Iterator[dict[str, ModuleStatistics]]:
-    what, rerun = how
-    waiting = _record_all(model, layers, given)
-    last = max(number for number, modules in enumerate(chosen) if modules)
-    for number in range(last + 1):
-        counts = bool(chosen[number])
-        if counts:
-            with InputCounter(chosen[number], what) as counter:
-                for calls in waiting:
-                    counter.start(calls.valid)
-                    hidden = run_layer(layers[number], calls.hidden, calls.others[number])
-                    calls.hidden = calls.hidden if rerun else hidden
-            yield counter.stats
-        if number < last and (rerun or not counts):
-            for calls in waiting:
-                calls.hidden = run_layer(layers[number], calls.hidden, calls.others[number])
-
-
 def _record_all(model: Any, layers: nn.ModuleList, given: Sequence[Batch]) -> list[_Calls]:
-    """Record all batches; the layers themselves run for the first only, where they are called alike without."""
-    first = _record(model, layers, given[0])
-    if len(given) < MANY or not first.plain:
-        return [first, *(_record(model, layers, batch) for batch in given[1:])]
-    with _passed_through(layers):
-        if _is_same(_record(model, layers, given[0]).others, first.others):
-            return [first, *(_record(model, layers, batch) for batch in given[1:])]
-    return [first, *(_record(model, layers, batch) for batch in given[1:])]
+    """Record all batches; the layers run for one row only, where they are called alike without."""
+    row = _first_row(given[0])
+    first = _record(model, layers, row)
+    if first.plain:
+        with _passed_through(layers):
+            if _is_same(_record(model, layers, row).others, first.others):
+                return [_record(model, layers, batch) for batch in given]
+    return [_record(model, layers, batch) for batch in given]
 
 
 @contextmanager
-def _passed_through(layers: nn.ModuleList) -> Iterator[None]:
-    """Layers that return the hidden state that they are given."""
+def _passed_through(layers: nn.ModuleList, result: Tensor | None = None) -> Iterator[None]:
+    """Layers that return the hidden state that they are given, the last one `result` if that is given."""
     own = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
             layer.forward = lambda hidden, *_, **__: hidden
+        if result is not None:
+            layers[-1].forward = lambda *_, **__: result
         yield
     finally:
         for layer, forward in zip(layers, own, strict=True):
@@ -167,7 +221,7 @@ def _is_same(a: Any, b: Any) -> bool:
 
 def _record(model: Any, layers: nn.ModuleList, batch: Batch) -> _Calls:
     """Run the model up to its last layer, and keep how it calls each layer."""
-    calls = _Calls(_valid(batch))
+    calls = _Calls()
     last_output: list[Tensor] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,6 +234,7 @@ def _record(model: Any, layers: nn.ModuleList, batch: Batch) -> _Calls:
             )
         if not number:
             calls.hidden = args[0]
+            calls.valid = valid_positions(batch.get("attention_mask"), args[0].shape[:-1], args[0].device)
         calls.others.append((args[1:], kwargs))
         if len(calls.others) == len(layers):
             raise _Stop
@@ -200,25 +255,6 @@ def _record(model: Any, layers: nn.ModuleList, batch: Batch) -> _Calls:
         f"Only {len(calls.others)} of the {len(layers)} layers of {type(model).__name__} ran. "
         "Choose a method that goes by weights or gradients only."
     )
-
-
-def _whole_statistics(
-    model: Any, modules: Mapping[str, nn.Module], what: str, given: Sequence[Batch]
-) -> dict[str, ModuleStatistics]:
-    convs = {name: module for name, module in modules.items() if isinstance(module, nn.Conv2d)}
-    linears = [name for name in modules if name not in convs]
-    with ExitStack() as stack:
-        found = stack.enter_context(collect(model, what, include=linears)) if linears else {}
-        counter = stack.enter_context(InputCounter(convs, what))
-        for batch in given:
-            counter.start(None)
-            model(**batch, **without_cache(model))
-    return {name: found.get(name) or counter.stats.get(name, ModuleStatistics()) for name in modules}
-
-
-def _valid(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _complete(stats: dict[str, ModuleStatistics]) -> dict[str, ModuleStatistics]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -94,10 +95,11 @@ def write_checkpoint(
 
     Raises:
         SettingError: Of `convert`.
-        CheckpointError: Files are corrupt, `output_dir` can't be written, or there is no space.
+        CheckpointError: Files are corrupt, `output_dir` can't be written, another process writes it, or there is no
+            space.
     """
-    with save_aside(output_dir, overwrite=overwrite) as aside:
-        partial = partial_folder(output_dir)
+    partial = partial_folder(output_dir)
+    with save_aside(output_dir, overwrite=overwrite) as aside, _alone(partial):
         done = _open_partial(partial, plan)
         _check_space(partial.parent, plan, done)
         resumed = len(done)
@@ -171,6 +173,26 @@ def to_bytes(size: Any) -> int:
     return found
 
 
+@contextmanager
+def _alone(partial: Path) -> Iterator[None]:
+    """Keep other processes from the same folder; the lock of a killed one is free."""
+    from filelock import FileLock, Timeout
+
+    path = partial.with_suffix(".lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(
+            f"Another process writes to {partial} now. Wait until it is done, or choose another output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
 def _open_partial(partial: Path, plan: Plan) -> dict[str, Any]:
     """What an earlier call with the same source and settings finished: file name -> its entry in the manifest."""
     try:
@@ -179,14 +201,23 @@ def _open_partial(partial: Path, plan: Plan) -> dict[str, Any]:
             names = (plan.file_name(number) for number in range(len(plan.shards)))
             shards = {name: manifest["shards"][name] for name in names if name in manifest["shards"]}
             return {name: entry for name, entry in shards.items() if _is_whole(partial / name, entry)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # none, or not ours: start anew
     shutil.rmtree(partial, ignore_errors=True)
     return {}
 
 
 def _is_whole(file: Path, entry: dict[str, Any]) -> bool:
-    return file.is_file() and file.stat().st_size == entry["file_bytes"]
+    """Whether a file is there, and holds what the manifest says."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file() or file.stat().st_size != entry["file_bytes"] or type(entry["tensor_bytes"]) is not int:
+        return False
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return sorted(handle.keys()) == sorted(entry["keys"])
+    except SafetensorError:
+        return False
 
 
 def _check_space(parent: Path, plan: Plan, done: dict[str, Any]) -> None:

@@ -31,6 +31,11 @@ class Skeleton:
     dtypes: dict[str, torch.dtype]
     unused: list[str]
 
+    def loaded_bytes(self, name: str) -> int:
+        """Bytes of a tensor in the dtype that `from_pretrained` casts it to."""
+        place, dtype = self.places[name], self.dtypes.get(name)
+        return place.size_bytes if dtype is None else place.shape.numel() * dtype.itemsize
+
     def read(self, names: Iterable[str], title: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, mapped from their files, under a progress bar that counts bytes.
 

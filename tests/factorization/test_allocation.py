@@ -100,6 +100,12 @@ def test_a_uniform_ratio_is_met_within_one_multiple(ratio, multiple):
     assert found.parameters == sum(size.parameters(found[name]) for name, size in sizes.items())
 
 
+@pytest.mark.parametrize(("shape", "ratio", "rank"), [((12, 30), 0.7, 6), ((24, 30), 0.6, 8), ((12, 15), 0.15, 1)])
+def test_a_ratio_that_is_a_whole_rank_loses_none_in_binary(shape, ratio, rank):
+    assert math.floor(ratio * shape[0] * shape[1] / sum(shape)) == rank - 1
+    assert uniform_ranks({"a": Size.of_matrix(*shape)}, ratio, multiple=1) == {"a": rank}
+
+
 def test_what_no_rank_makes_smaller_stays_dense():
     sizes = {"head": Size.of_matrix(1, 24), "wide": Size.of_matrix(16, 24)}
     reason = "no rank saves parameters: break-even rank is 0.96"
@@ -144,7 +150,7 @@ def test_a_budget_against_trying_all(seed):
     dense = sum(size.dense_parameters for size in sizes.values())
     largest_step = max(float(tails[name][1]) for name in tails)
     for budget in range(least, dense + 1, 3):
-        found = budget_ranks(tails, sizes, budget, multiple=1)
+        found = budget_ranks(tails, sizes, budget, multiple=1, least_share=0)
         assert found.error == pytest.approx(error_of(found, tails))
         best = best_by_trying(tails, sizes, budget)
         assert found.error >= best - 1e-9
@@ -160,7 +166,7 @@ def test_a_budget_against_a_slow_dynamic_program(seed):
     for share in (0.3, 0.45, 0.6, 0.75, 0.9):
         budget = max(least, int(share * dense))
         best = best_by_dynamic_program(tails, sizes, budget)
-        gaps.append(budget_ranks(tails, sizes, budget, multiple=1).error / best - 1 if best else 0.0)
+        gaps.append(budget_ranks(tails, sizes, budget, multiple=1, least_share=0).error / best - 1 if best else 0.0)
     assert min(gaps) > -1e-9
     assert sum(gaps) / len(gaps) < 0.05
 
@@ -174,7 +180,7 @@ def test_the_budget_is_never_exceeded_and_more_is_never_worse(seed, multiple):
     dense = sum(size.dense_parameters for size in sizes.values())
     before = math.inf
     for budget in range(least, dense + 1, 7):
-        found = budget_ranks(tails, sizes, budget, multiple, weights)
+        found = budget_ranks(tails, sizes, budget, multiple, weights, least_share=0)
         assert found.parameters <= budget
         assert found.error <= before + 1e-9
         assert found.error == pytest.approx(error_of(found, tails, weights))
@@ -191,7 +197,7 @@ def test_equal_modules_get_equal_ranks_within_one_step():
     tails = dict.fromkeys("abcde", tails_of([0.8**k for k in range(64)]))
     sizes = dict.fromkeys("abcde", Size.of_matrix(64, 64))
     for budget in range(5 * 4 * 128, 5 * 2048, 100):
-        ranks = list(budget_ranks(tails, sizes, budget, multiple=4).values())
+        ranks = list(budget_ranks(tails, sizes, budget, multiple=4, least_share=0).values())
         assert max(ranks) - min(ranks) <= 4
         assert sum(ranks) == budget // (4 * 128) * 4
 
@@ -199,24 +205,45 @@ def test_equal_modules_get_equal_ranks_within_one_step():
 def test_a_weight_buys_ranks():
     tails = dict.fromkeys("ab", tails_of([0.8**k for k in range(64)]))
     sizes = dict.fromkeys("ab", Size.of_matrix(64, 64))
-    found = budget_ranks(tails, sizes, 32 * 128, 1, weights={"a": 1.0, "b": 0.8**-10})
+    found = budget_ranks(tails, sizes, 32 * 128, 1, weights={"a": 1.0, "b": 0.8**-10}, least_share=0)
     assert found == {"a": 11, "b": 21}
-    assert budget_ranks(tails, sizes, 3000, 1, weights={"a": 1.0, "b": 0.0})["b"] == 1
+    assert budget_ranks(tails, sizes, 3000, 1, weights={"a": 1.0, "b": 0.0}, least_share=0)["b"] == 1
 
 
 def test_a_budget_beats_one_ratio_at_equal_parameters():
     tails, sizes = drawn(3, 10, largest=40, decay=(0.5, 1.0))
     uniform = uniform_ranks(sizes, 0.6, multiple=1)
-    found = budget_ranks(tails, sizes, uniform.parameters, multiple=1)
+    found = budget_ranks(tails, sizes, uniform.parameters, multiple=1, least_share=0)
     assert found.parameters <= uniform.parameters
     assert found.error < 0.8 * error_of(uniform, tails)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_no_module_keeps_less_than_its_share(share, multiple):
+    """One that seems to need nothing keeps the asked part of what one ratio for all would leave it."""
+    tails = {"free": tails_of([1.0] + [0.0] * 63), "dear": tails_of([0.97**k for k in range(64)])}
+    sizes = {"free": Size.of_matrix(64, 96), "dear": Size.of_matrix(96, 64)}
+    budget = int(0.7 * 2 * 64 * 96)
+    assert budget_ranks(tails, sizes, budget, multiple, least_share=0)["free"] == multiple
+    found = budget_ranks(tails, sizes, budget, multiple, least_share=share)
+    assert found["free"] == uniform_ranks(sizes, share * 0.7, multiple)["free"]
+    assert found.parameters <= budget
+
+
+def test_shares_yield_where_ranks_are_few():
+    """The least budget that is possible stays possible: small modules at one multiple keep more than their part."""
+    tails, sizes = drawn(0, 5)
+    least = sum(size.parameters(options(size, 3)[0]) for size in sizes.values())
+    found = budget_ranks(tails, sizes, least, 3, least_share=1.0)
+    assert found == {name: options(size, 3)[0] for name, size in sizes.items()}
 
 
 def test_flat_spectra_stay_dense_or_go_to_the_end():
     """Every rank of a flat spectrum saves too little: half the modules stay as they are instead of all at a half."""
     tails = dict.fromkeys("ab", tails_of([1.0] * 16))
     sizes = dict.fromkeys("ab", Size.of_matrix(16, 16))
-    found = budget_ranks(tails, sizes, 256 + 64, multiple=2)
+    found = budget_ranks(tails, sizes, 256 + 64, multiple=2, least_share=0)
     assert sorted(found.items(), key=str) == [("a", None), ("b", 2)]
     assert found.error == 14
     [reason] = found.reasons.values()
@@ -225,7 +252,7 @@ def test_flat_spectra_stay_dense_or_go_to_the_end():
 
 def test_rounding_is_no_error_that_parameters_are_spent_on():
     noisy = tails_of([1.0, 1.0] + [0.0] * 14) + 1e-15 * torch.arange(16, -1, -1)
-    found = budget_ranks({"a": noisy}, {"a": Size.of_matrix(16, 16)}, 256, multiple=1)
+    found = budget_ranks({"a": noisy}, {"a": Size.of_matrix(16, 16)}, 256, multiple=1, least_share=0)
     assert found == {"a": 2}
     assert found.error == 0
 
@@ -247,7 +274,7 @@ def test_many_modules_are_fast():
     tails = {f"m{n}": tails_of([(0.99 + n / 30_000) ** k for k in range(4096)]) for n in range(210)}
     sizes = {f"m{n}": Size.of_matrix(4096, 11008 if n % 2 else 4096) for n in range(210)}
     dense = sum(size.dense_parameters for size in sizes.values())
-    found = budget_ranks(tails, sizes, dense // 2)
+    found = budget_ranks(tails, sizes, dense // 2, least_share=0)
     assert 0.999 * (dense // 2) < found.parameters <= dense // 2
 
 
@@ -305,6 +332,7 @@ def test_other_settings_out_of_range():
         (lambda: budget_ranks(GOOD, SIZES, 64.0), "max_parameters must be a whole number"),
         (lambda: budget_ranks(GOOD, SIZES, 64, weights={"b": 1}), "weights and sizes must name the same modules"),
         (lambda: budget_ranks(GOOD, SIZES, 64, weights={"a": -1}), "The weight of a must be a number of at least 0"),
+        (lambda: budget_ranks(GOOD, SIZES, 64, least_share=1.1), r"least_share must be in \[0, 1\], got 1.1"),
         (lambda: Size(0, 1, 1), "sizes must be at least 1"),
     ):
         with pytest.raises(SettingError, match=match):

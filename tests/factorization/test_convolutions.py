@@ -7,25 +7,19 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hfshrink.errors import SettingError
 from hfshrink.factorization.convolutions import (
-    channel_factors,
     channel_kernels,
-    channel_parameters,
-    channel_rank,
-    decompose_channels,
-    decompose_separable,
-    separable_factors,
     separable_kernels,
-    separable_parameters,
-    separable_rank,
     tucker_factors,
     tucker_parameters,
     tucker_ranks,
 )
+from hfshrink.factorization.factors import decompose, low_rank_factors
+from hfshrink.factorization.sites import matrix
 
 SHAPE = (6, 4, 3, 5)
 """Of all four sizes none twice, so that a wrong reshape shows."""
@@ -52,6 +46,19 @@ def one_way(geometry: dict[str, tuple[int, int]], axis: int) -> dict[str, tuple[
         name: tuple(value if place == axis else neutral[name] for place, value in enumerate(pair))
         for name, pair in geometry.items()
     }
+
+
+def matrix_of(weight: Tensor, form: str) -> Tensor:
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=False)
+    return matrix(conv, weight, form)
+
+
+def channel_factors(weight: Tensor, rank: int, **how: Tensor) -> tuple[Tensor, Tensor]:
+    return channel_kernels(*low_rank_factors(matrix_of(weight, "channel"), rank, **how), weight.shape)
+
+
+def separable_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    return separable_kernels(*low_rank_factors(matrix_of(weight, "separable"), rank), weight.shape)
 
 
 def channel_weight(up: Tensor, down: Tensor) -> Tensor:
@@ -125,11 +132,11 @@ def test_hand_cases() -> None:
 def test_error_is_the_tail_at_every_rank(shape: tuple[int, int, int, int]) -> None:
     weight = kernel(shape)
     for found, kernels, product in (
-        (decompose_channels(weight), channel_kernels, channel_weight),
-        (decompose_separable(weight), separable_kernels, separable_weight),
+        (decompose(matrix_of(weight, "channel")), channel_kernels, channel_weight),
+        (decompose(matrix_of(weight, "separable")), separable_kernels, separable_weight),
     ):
         assert float(found.tails[0]) == pytest.approx(float(weight.square().sum()))
-        for rank in range(1, found.max_rank + 1):
+        for rank in range(1, len(found.tails)):
             made = product(*kernels(*found.factors(rank), shape))
             error = sum(float(e) ** 2 for e in (weight - made).flatten())
             assert error == pytest.approx(float(found.tails[rank]), rel=1e-9, abs=1e-12 * float(found.tails[0]))
@@ -147,7 +154,7 @@ def test_channel_form_with_patches_and_row_weights_has_the_least_weighted_output
         outputs = F.conv2d(x, weight - channel_weight(up, down), stride=2, padding=1)
         return float((outputs * rows[:, None, None]).square().sum())
 
-    tails = decompose_channels(weight, row_weight=rows, input_gram=gram).tails
+    tails = decompose(weight.flatten(1), row_weight=rows, input_gram=gram).tails
     best = error(*channel_factors(weight, 2, row_weight=rows, input_gram=gram))
     assert best == pytest.approx(float(tails[2]), rel=1e-8)
     for other in ({}, {"row_weight": rows}, {"input_gram": gram}):
@@ -193,19 +200,7 @@ def test_stages_keep_the_dtype_and_carry_no_gradient(dtype: torch.dtype) -> None
 
 
 def test_parameters_are_those_of_the_stages() -> None:
-    weight = kernel()
-    assert channel_parameters(SHAPE, 3) == sum(stage.numel() for stage in channel_factors(weight, 3))
-    assert separable_parameters(SHAPE, 3) == sum(stage.numel() for stage in separable_factors(weight, 3))
-    assert tucker_parameters(SHAPE, (5, 2)) == sum(stage.numel() for stage in tucker_factors(weight, (5, 2)))
-
-
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("shape", [SHAPE, (64, 32, 3, 3), (16, 64, 1, 1)])
-def test_ranks_for_a_ratio_are_the_largest_that_keep_it(shape: tuple[int, int, int, int], ratio: float) -> None:
-    budget = ratio * math.prod(shape)
-    for rank_for, parameters in ((channel_rank, channel_parameters), (separable_rank, separable_parameters)):
-        rank = rank_for(shape, ratio)
-        assert parameters(shape, rank) <= budget * (1 + 1e-9) < parameters(shape, rank + 1)
+    assert tucker_parameters(SHAPE, (5, 2)) == sum(stage.numel() for stage in tucker_factors(kernel(), (5, 2)))
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
@@ -238,11 +233,6 @@ def test_tucker_ranks_follow_the_energy() -> None:
 def test_errors() -> None:
     weight = kernel()
     for call, match in (
-        (lambda: channel_factors(weight, 7), r"rank must be in 1\.\.6 .* got 7"),
-        (lambda: channel_factors(weight[0], 1), r"4 dimensions, got torch.float64 \(4, 3, 5\)"),
-        (lambda: channel_factors(weight, 1, input_gram=torch.eye(4)), r"must have shape \(60, 60\) .* got \(4, 4\)"),
-        (lambda: separable_factors(weight, 13), r"rank must be in 1\.\.12 .* got 13"),
-        (lambda: separable_factors(weight * math.nan, 1), "has 360 NaN or infinite values"),
         (lambda: tucker_factors(weight, (7, 1)), r"out_rank must be in 1\.\.6 .* got 7 .* \(7, 1\)"),
         (lambda: tucker_factors(weight, (1, 0)), r"in_rank must be in 1\.\.4 for .* \(6, 4, 3, 5\), got 0"),
         (lambda: tucker_factors(weight, (1, 1), -1), "sweeps must be at least 0, got -1"),
@@ -250,8 +240,8 @@ def test_errors() -> None:
         (lambda: tucker_ranks(weight, 0.05), r"keeps 0.05 of .* \(6, 4, 3, 5\): ranks \(1, 1\) already keep 0.0694"),
         (lambda: tucker_ranks(weight, 0.0), "above 0 and at most 1, got 0.0"),
         (lambda: tucker_ranks(weight, 0.5, 0), "multiple must be at least 1, got 0"),
-        (lambda: channel_rank(SHAPE, 1.5), "above 0 and at most 1, got 1.5"),
-        (lambda: separable_rank(SHAPE, -1), "above 0 and at most 1, got -1"),
+        (lambda: tucker_ranks(weight, 1.5), "above 0 and at most 1, got 1.5"),
+        (lambda: tucker_ranks(weight[0], 0.5), r"4 dimensions, got torch.float64 \(4, 3, 5\)"),
     ):
         with pytest.raises(SettingError, match=match):
             call()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from hfshrink.errors import SettingError
 from hfshrink.factorization import factors as module
-from hfshrink.factorization.factors import break_even_rank, decompose, low_rank_factors, rank_for_ratio
+from hfshrink.factorization.factors import decompose, low_rank_factors
 
 SHAPES = [(12, 8), (8, 12), (9, 9)]
 WEIGHTINGS = ["none", "fisher", "activation", "both"]
@@ -245,7 +243,7 @@ def test_fewer_factors_keep_all_tails() -> None:
     whole = decompose(weight, row_weight=rows, input_gram=x.T @ x)
     part = decompose(weight, 3, row_weight=rows, input_gram=x.T @ x)
     assert torch.equal(part.tails, whole.tails)
-    assert [tuple(factor.shape) for factor in (part.left, part.right)] == [(8, 3), (3, 8)]
+    assert [tuple(factor.shape) for factor in (part.up, part.down)] == [(12, 3), (3, 8)]
     for one, other in zip(part.factors(2), whole.factors(2), strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(SettingError, match=r"rank must be in 1\.\.3 .* got 4"):
@@ -285,26 +283,6 @@ def test_auto_is_randomized_far_below_a_large_rank_only(monkeypatch: pytest.Monk
     assert len(decompose(weight, 6).tails) == 81
     assert len(decompose(weight, 5, solver="full").tails) == 81
     assert len(decompose(weight, 50, solver="randomized").tails) == 81  # with its spare vectors it is full
-
-
-@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (2, 2), (1, 9), (7, 5)])
-def test_break_even_is_the_last_rank_that_saves(shape: tuple[int, int]) -> None:
-    rank = break_even_rank(*shape)
-    assert rank * sum(shape) < math.prod(shape) <= (rank + 1) * sum(shape)
-
-
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.5, 0.7, 0.9, 1.0])
-@pytest.mark.parametrize("shape", [(768, 768), (3072, 768), (20, 20), (7, 5)])
-def test_rank_for_ratio_is_the_largest_that_keeps_the_ratio(shape: tuple[int, int], ratio: float) -> None:
-    rank, dense = rank_for_ratio(*shape, ratio), math.prod(shape)
-    assert rank * sum(shape) <= ratio * dense * (1 + 1e-9)
-    assert (rank + 1) * sum(shape) > ratio * dense
-
-
-@pytest.mark.parametrize(("shape", "ratio", "rank"), [((12, 30), 0.7, 6), ((24, 30), 0.6, 8), ((12, 15), 0.15, 1)])
-def test_a_ratio_that_is_a_whole_rank_loses_none_in_binary(shape: tuple[int, int], ratio: float, rank: int) -> None:
-    assert math.floor(ratio * shape[0] * shape[1] / sum(shape)) == rank - 1
-    assert rank_for_ratio(*shape, ratio) == rank
 
 
 def test_a_float32_gram_matrix_will_do() -> None:

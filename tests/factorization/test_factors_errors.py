@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hfshrink.errors import SettingError
-from hfshrink.factorization.factors import decompose, low_rank_factors, rank_for_ratio
+from hfshrink.factorization.factors import decompose, low_rank_factors
 
 
 def problem(out: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,6 +29,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
     for call, match in (
         (lambda: low_rank_factors(weight, 17), r"rank must be in 1\.\.16 for a weight of shape \(24, 16\), got 17\."),
         (lambda: low_rank_factors(weight, 0), r"1\.\.16 .* got 0"),
+        (lambda: low_rank_factors(weight, True), r"1\.\.16 .* got True"),
         (lambda: low_rank_factors(weight, 2.0), r"1\.\.16 .* got 2\.0"),
         (lambda: decompose(weight).factors(17), r"1\.\.16 .* got 17"),
         (lambda: decompose(weight, solver="fast"), '"auto", "full" or "randomized", got \'fast\''),
@@ -49,9 +50,6 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         (lambda: low_rank_factors(weight, 2, input_gram=gram * math.nan), "input_gram has NaN or infinite"),
         (lambda: low_rank_factors(weight, 2, input_gram=gram.triu()), "must be symmetric"),
         (lambda: low_rank_factors(weight, 2, input_gram=indefinite), "positive semi-definite.* -1 on its diagonal"),
-        (lambda: rank_for_ratio(8, 8, 0.0), "above 0 and at most 1, got 0.0"),
-        (lambda: rank_for_ratio(8, 8, math.nan), "above 0 and at most 1, got nan"),
-        (lambda: rank_for_ratio(8, 8, 1.01), "got 1.01"),
     ):
         with pytest.raises(SettingError, match=match):
             call()

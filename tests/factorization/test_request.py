@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import tiny
+from hfshrink import report
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
+from hfshrink.factorization.request import Request
 from hfshrink.factorization.run import factorize
 
 NOWHERE = "/no/such/folder"  # every error here comes before it is looked for
@@ -76,4 +79,19 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
     tiny.model("bert").save_pretrained(tmp_path / "model")
     made = factorize("~/model", 0.5, rank_multiple=1, output_dir=Path("~/small"))
     assert (tmp_path / "small" / "model.safetensors").is_file()
-    assert made.config.hfshrink["history"][-1]["technique"] == "factorize"
+    assert made == tmp_path / "small"
+    assert report(made).steps[-1].technique == "factorize"
+
+
+def test_metrics_of_any_form_have_names_for_the_record():
+    class Kind:
+        def compute(self, predictions, references):
+            return {}
+
+    def own(predictions, references):
+        return 0.0
+
+    how = ["fisher", ROWS, "channel", False, 8, "*", None, None, False]
+    for metric, title in (("f1", "f1"), (own, "own"), (Kind(), "Kind"), (["f1", own], ["f1", "own"])):
+        request = Request(NOWHERE, None, None, None, None, None, 0.01, metric, *how)
+        assert json.loads(json.dumps(request.settings))["metric"] == title

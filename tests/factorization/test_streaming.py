@@ -33,7 +33,8 @@ SHAPES = {
     "vit": {},  # transformers renames its keys while loading and saving
     "resnet": {},
 }
-SIZES = [{"rank_ratio": 0.6}, {"rank": 4}, {"energy": 0.8}]
+SIZES = [{"rank_ratio": 0.6}, {"rank": 4}, {"energy": 0.8}, {"max_parameters": 0.85}, {"max_size_bytes": 0.8}]
+"""Budgets as parts of the dense model."""
 
 
 def tensors(folder):
@@ -56,6 +57,20 @@ def same_tensors(folder, other):
     )
 
 
+def in_memory(source, folder, **how):
+    """The model that is loaded, factored and saved."""
+    return factorize(load(source)[0], **how, output_dir=folder)
+
+
+def sized(size, folder):
+    """The keyword of `SIZES` with a budget in its own unit."""
+    [(keyword, value)] = size.items()
+    if not keyword.startswith("max_"):
+        return size
+    found = tensors(folder).values()
+    return {keyword: int(value * sum(t.numel() if keyword == "max_parameters" else t.nbytes for t in found))}
+
+
 @pytest.fixture
 def source(tmp_path):
     tiny.model("bert", num_labels=3).save_pretrained(tmp_path / "source", max_shard_size="10KB")
@@ -67,14 +82,15 @@ def source(tmp_path):
 @pytest.mark.parametrize("family", SHAPES)
 def test_files_equal_those_of_load_factorize_save(family, size, tmp_path):
     tiny.model(family, **SHAPES[family]).save_pretrained(tmp_path / "source", max_shard_size="8KB")
-    how = {**size, "rank_multiple": 2}
+    how = {**sized(size, tmp_path / "source"), "rank_multiple": 2}
     results = stream_factors(tmp_path / "source", tmp_path / "stream", **how, max_shard_size="7KB")
-    model = factorize(tmp_path / "source", **how, output_dir=tmp_path / "memory")
+    model = in_memory(tmp_path / "source", tmp_path / "memory", **how)
     step = report(model).steps[-1]
     assert same_tensors(tmp_path / "stream", tmp_path / "memory")
     assert config(tmp_path / "stream") == config(tmp_path / "memory")
     assert results["modules"] == step.modules == list(layer_map(model))
     assert results["skipped"] == step.skipped
+    assert {name: results[name] for name in step.results} == step.results
     assert results["parameters_before"] == step.before.parameters
     assert results["parameters_after"] == step.after.parameters < step.before.parameters
     assert results["size_bytes"] == sum(tensor.nbytes for tensor in tensors(tmp_path / "stream").values())
@@ -86,7 +102,7 @@ def test_files_equal_those_of_load_factorize_save(family, size, tmp_path):
 def test_other_dtypes(dtype, tmp_path):
     tiny.model("llama").to(dtype).save_pretrained(tmp_path / "source")
     stream_factors(tmp_path / "source", tmp_path / "stream", rank_ratio=0.5, rank_multiple=1)
-    factorize(tmp_path / "source", 0.5, rank_multiple=1, output_dir=tmp_path / "memory")
+    in_memory(tmp_path / "source", tmp_path / "memory", rank_ratio=0.5, rank_multiple=1)
     assert same_tensors(tmp_path / "stream", tmp_path / "memory")
     assert {tensor.dtype for tensor in tensors(tmp_path / "stream").values()} == {dtype}
 
@@ -95,7 +111,7 @@ def test_a_checkpoint_in_another_dtype_than_its_config_says(source, tmp_path):
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**settings, "dtype": "bfloat16"}))
     stream_factors(source, tmp_path / "stream", rank_ratio=0.5, rank_multiple=1)
-    factorize(source, 0.5, rank_multiple=1, output_dir=tmp_path / "memory")
+    in_memory(source, tmp_path / "memory", rank_ratio=0.5, rank_multiple=1)
     assert same_tensors(tmp_path / "stream", tmp_path / "memory")
 
 
@@ -105,7 +121,7 @@ def test_large_weights_of_low_rank_take_the_solver_that_memory_takes(tmp_path):
     tiny.model("bert", "feature-extraction", **made).save_pretrained(tmp_path / "source")
     how = {"rank": 16, "include": "*intermediate*"}
     stream_factors(tmp_path / "source", tmp_path / "stream", **how)
-    factorize(tmp_path / "source", **how, output_dir=tmp_path / "memory")
+    in_memory(tmp_path / "source", tmp_path / "memory", **how)
     assert same_tensors(tmp_path / "stream", tmp_path / "memory")
 
 
@@ -148,7 +164,7 @@ def test_include_exclude_heads_and_what_stays_dense(source, tmp_path):
 def test_embeddings_that_are_named_are_factored(source, tmp_path):
     how = {"rank": 4, "include": "*word_embeddings"}
     stream_factors(source, tmp_path / "stream", **how)
-    factorize(source, **how, output_dir=tmp_path / "memory")
+    in_memory(source, tmp_path / "memory", **how)
     assert same_tensors(tmp_path / "stream", tmp_path / "memory")
 
 
@@ -265,7 +281,7 @@ def no_decomposition(monkeypatch):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({}, "Give exactly one of rank_ratio, rank, energy, got none"),
+        ({}, "Give exactly one of rank_ratio, rank, energy, max_parameters, max_size_bytes, got none"),
         ({"rank": 4, "energy": 0.5}, "got rank=4, energy=0.5"),
         ({"rank_ratio": 0}, "rank_ratio must lie between 0 and 1"),
         ({"rank_ratio": 1.0}, "rank_ratio must lie between 0 and 1"),
@@ -275,7 +291,9 @@ def no_decomposition(monkeypatch):
         ({"rank": 10**6}, r"No module would become smaller.*rank 1000000 saves no parameters"),
         ({"energy": 0.0}, r"energy must be in \(0, 1\]"),
         ({"energy": 1.5}, r"energy must be in \(0, 1\]"),
-        ({"energy": 0.5, "rank_multiple": 0}, "multiple must be a whole number"),
+        ({"max_parameters": 1.5}, "max_parameters must be a whole number"),
+        ({"max_size_bytes": True}, "max_size_bytes must be a whole number"),
+        ({"energy": 0.5, "rank_multiple": 0}, "rank_multiple must be a whole number"),
         ({"rank": 4, "max_shard_size": "5"}, "max_shard_size must be bytes or a size"),
         ({"rank": 4, "include": "*.no_such"}, r"wildcard '\*\.no_such' matches none"),
         ({"rank": 4, "include": "classifier"}, "no module left to factor"),

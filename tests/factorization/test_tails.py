@@ -112,15 +112,32 @@ def test_fisher_tails_approximate_the_loss_rise():
     assert float(found[0]) == pytest.approx(float((outputs[:, None] * even[None]).sum()))
 
 
+def test_gradients_put_unweighted_tails_in_units_of_the_loss():
+    """Where F_ij = g x_j with the same g for all rows, mean(w²) · tail / tr(G) is Σ F_ij e_ij² of those errors."""
+    torch.manual_seed(0)
+    inputs, error = torch.rand(5, dtype=torch.float64), torch.randn(3, 1, dtype=torch.float64).expand(3, 5)
+    fisher = 0.7 * inputs.expand(3, 5)
+    tail = torch.stack([(error.square() * inputs).sum(), torch.tensor(0.0)])
+    energies = {"a": float(inputs.sum())}, {"a": float(fisher.sum()) / 3}
+    found = comparable_tails({"a": tail}, "activation", *energies)["a"]
+    assert float(found[0]) == pytest.approx(float((fisher * error.square()).sum()))
+    weighted = comparable_tails({"a": energies[1]["a"] * tail}, "fisher+activation", energies[0])["a"]
+    torch.testing.assert_close(found, weighted)
+    unused = comparable_tails({"a": tail}, "none", {"a": 5}, {"a": 0.0})["a"]  # no gradient ever reached it
+    assert unused.tolist() == [0.0, 0.0]
+
+
 def test_bad_scales():
     tails = {"a": torch.tensor([8.0, 2.0, 0.0])}
-    for weighting, energy, match in (
-        ("fisher", None, "input_energy of a must be above 0 for 'fisher', got nan"),
-        ("fisher", {"a": 0.0}, "input_energy of a must be above 0"),
-        ("whitened", None, "weighting must be one of"),
+    for weighting, energies, match in (
+        ("fisher", (None,), "input_energy of a must be above 0 for 'fisher', got nan"),
+        ("fisher", ({"a": 0.0},), "input_energy of a must be above 0"),
+        ("activation", (None, {"a": 1.0}), "input_energy of a must be above 0 for 'activation', got nan"),
+        ("activation", ({"a": 1.0}, {"b": 1.0}), "row_energy of a must be at least 0, got nan"),
+        ("whitened", (None,), "weighting must be one of"),
     ):
         with pytest.raises(SettingError, match=match):
-            comparable_tails(tails, weighting, energy)
+            comparable_tails(tails, weighting, *energies)
 
 
 def rows_of(rises):

@@ -8,6 +8,7 @@ from torch import nn
 
 from hfshrink.errors import SettingError
 from hfshrink.layerwise import InputCounter, input_rows
+from hfshrink.layerwise.counting import HELD, TOKENS_PER_FEATURE
 
 
 @pytest.mark.parametrize("features", [1, 7, 8, 9, 130])
@@ -52,6 +53,71 @@ def test_inputs_that_change_in_place_later_count_as_they_were():
         layer(x)
         x.zero_()
     torch.testing.assert_close(counter.stats["a"].input_gram, (before.T @ before).double())
+
+
+def test_inputs_that_changed_in_place_are_not_taken_for_the_same():
+    first, second, x = nn.Linear(3, 1), nn.Linear(3, 1), torch.randn(4, 3)
+    with InputCounter({"a": first, "b": second}, "input_gram") as counter, torch.no_grad():
+        first(x)
+        x.mul_(2)
+        second(x)
+    torch.testing.assert_close(counter.stats["b"].input_gram, 4 * counter.stats["a"].input_gram)
+
+
+def test_few_inputs_wait_for_others():
+    """However many modules run in a batch, the inputs of all but the last ones are let go."""
+    layers = {str(number): nn.Linear(3, 1) for number in range(5)}
+    xs = torch.randn(5, 4, 3).unbind()
+    with InputCounter(layers, "input_gram") as counter:
+        for turn in (0, 1, 2, 3, 4, 0):
+            layers[str(turn)](input=xs[turn])
+            assert len(counter._waiting) <= HELD
+    for turn, x in enumerate(xs):
+        times = 2 if turn == 0 else 1
+        torch.testing.assert_close(counter.stats[str(turn)].input_gram, times * (x.T @ x).double())
+
+
+def sample(tokens, features, length):
+    """The positions of tokens (batch, length) that a module with so many features counts, by their numbers."""
+    layer = nn.Linear(features, 1)
+    numbers = torch.zeros(tokens, features)
+    numbers[:, 0] = torch.arange(1, tokens + 1)  # G_00 of one token is the square of its number
+    counted = []
+    with InputCounter({"a": layer}, "input_gram", tokens) as counter:
+        for batch in numbers.view(-1, 4, length, features).unbind():
+            counter.start(torch.ones(4, length, dtype=torch.bool))
+            layer(batch)
+            counted.append(next(iter(counter._waiting.values())).rows[:, 0])
+    return torch.cat(counted).long() - 1, counter.stats["a"]
+
+
+@pytest.mark.parametrize("length", [8, 10, 64])
+def test_a_sample_is_even_over_all_tokens_and_over_places_in_a_row(length):
+    places, stats = sample(12800, 40, length)
+    assert stats.tokens == 12800
+    assert abs(len(places) - TOKENS_PER_FEATURE * 40) <= 3
+    assert torch.equal(places, sample(12800, 40, length)[0])
+    assert set(places.diff().tolist()) <= {8, 13, 21, 5}  # the steps of a golden sequence
+    starts = int((places % length == 0).sum()) / (12800 / length)
+    assert starts == pytest.approx(0.1, abs=0.02)
+    numbers = (places + 1).double()
+    torch.testing.assert_close(stats.input_gram[0, 0], numbers.square().sum() * 12800 / len(places), rtol=1e-5, atol=0)
+
+
+def test_a_sample_of_few_tokens_is_all_of_them():
+    places, _ = sample(320, 40, 8)
+    assert torch.equal(places, torch.arange(320))
+
+
+def test_a_sample_leaves_padding_out():
+    layer, valid = nn.Linear(1, 1), torch.rand(40, 10, generator=torch.Generator().manual_seed(0)) < 0.5
+    x = torch.where(valid, 1.0, 1e6)[..., None]
+    with InputCounter({"a": layer}, "input_gram", int(valid.sum())) as counter:
+        for some, mask in zip(x.split(4), valid.split(4), strict=True):
+            counter.start(mask)
+            layer(some)
+    assert counter.stats["a"].tokens == int(valid.sum())
+    assert counter.stats["a"].input_gram.item() == pytest.approx(int(valid.sum()))
 
 
 @pytest.mark.parametrize(

@@ -216,3 +216,53 @@ def test_sizes():
     for size in ("5", "GB", 0, -1, True, "0GB", None):
         with pytest.raises(SettingError, match="max_shard_size must be bytes or a size"):
             to_bytes(size)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entry, _: entry.pop("tensor_bytes"),
+        lambda entry, _: entry.update(tensor_bytes="many"),
+        lambda entry, _: entry.update(keys=["other"]),
+        lambda entry, _: entry.pop("keys"),
+        lambda entry, _: entry.update(keys=[1, "a"]),
+        lambda entry, file: file.write_bytes(b"x" * entry["file_bytes"]),
+    ],
+    ids=["no bytes", "bytes of a word", "other keys", "no keys", "keys of two types", "no safetensors"],
+)
+def test_a_shard_that_is_not_what_the_manifest_says_is_made_again(change, source, tmp_path, monkeypatch):
+    begin(source, tmp_path / "out", monkeypatch)
+    partial = partial_folder(tmp_path / "out")
+    manifest = json.loads((partial / shards.MANIFEST).read_text())
+    name = min(manifest["shards"])
+    change(manifest["shards"][name], partial / name)
+    (partial / shards.MANIFEST).write_text(json.dumps(manifest))
+    assert negated(source, tmp_path / "out")["resumed_shards"] < 2
+    assert equal_to_source(tmp_path / "out", source)
+
+
+def test_a_manifest_that_is_nested_too_deeply_is_ignored(source, tmp_path, monkeypatch):
+    begin(source, tmp_path / "out", monkeypatch)
+    (partial_folder(tmp_path / "out") / shards.MANIFEST).write_text("[" * 10**6)
+    assert negated(source, tmp_path / "out")["resumed_shards"] == 0
+
+
+def test_two_calls_at_once_do_not_mix(source, tmp_path):
+    """The second is told, the first goes on; a lock that a killed process left does not count."""
+    tmp_path.joinpath(".out.lock").touch()
+
+    def again(_):
+        with pytest.raises(CheckpointError, match=r"Another process writes to .*\.out\.streaming now"):
+            negated(source, tmp_path / "out")
+
+    skeleton = read_skeleton(source)
+    plan = Plan("minus", skeleton, {name: place.size_bytes for name, place in skeleton.places.items()}, 30_000)
+
+    def convert(name, tensor):
+        if name == "classifier.bias":
+            again(name)
+        return {skeleton.places[name].key: -tensor}
+
+    write_checkpoint(plan, tmp_path / "out", convert, lambda folder, _: write_config(skeleton.model, folder))
+    assert equal_to_source(tmp_path / "out", source)
+    assert {file.name for file in tmp_path.iterdir()} == {"source", "out"}

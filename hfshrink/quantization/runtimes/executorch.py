@@ -27,11 +27,13 @@ def make_executorch_int8(
     calibration: Any = None,
     samples: int = 128,
     max_batch: int = 8,
+    max_length: int | None = None,
 ) -> tuple[Any, list[str], dict[str, Any]]:
     """The scheme `executorch-int8`: 8-bit weights per output channel; embeddings stay float.
 
     Linears quantize their inputs as they come (dynamic). Convolutions need ranges: they become int8 only where there
-    is calibration data. The program takes any batch and length up to a bound, for which it plans its memory.
+    is calibration data. The program takes any batch and length up to a bound, for which it plans its memory: with
+    attention scores that grows by the square of the length.
 
     Args:
         model: A float32 model.
@@ -40,12 +42,13 @@ def make_executorch_int8(
         calibration: What `hfshrink.calibration.batches` reads; for convolutions.
         samples: Rows to calibrate on.
         max_batch: Most rows of one call.
+        max_length: Most tokens of one row; None: as many as the model has positions, or 512.
 
     Returns:
         The export, the names of the quantized modules, and results for the record.
 
     Raises:
-        SettingError: Nothing to quantize, or convolutions alone and no calibration data.
+        SettingError: Nothing to quantize, convolutions alone and no calibration data, or more tokens than positions.
         MissingDependencyError: ExecuTorch is not installed.
 
     Example:
@@ -65,18 +68,29 @@ def make_executorch_int8(
             f"There is nothing to quantize: no Linear outside {list(kept_float)}; convolutions need calibration=, "
             "some images of the kind that the model will see."
         )
+    length = _length_of(model, max_length)
     model = copy.deepcopy(model)  # the exporter freezes the parameters and moves the model
     feed = () if calibration is None else batches(calibration, model, processor, batch_size=1, samples=samples)
-    return _export(model, processor, wanted, list(feed), max_batch)
+    return _export(model, processor, wanted, list(feed), (max_batch, length))
+
+
+def _length_of(model: Any, max_length: int | None) -> int:
+    positions = max_positions(model)
+    if max_length is None:
+        return positions or LONGEST
+    if max_length < 2 or (positions is not None and max_length > positions):
+        most = "" if positions is None else f" and at most the model's {positions} positions"
+        raise SettingError(f"max_length must be at least 2{most}, got {max_length}.")
+    return max_length
 
 
 def _export(
-    model: Any, processor: Any, wanted: Sequence[str], rows: list[dict[str, Tensor]], max_batch: int
+    model: Any, processor: Any, wanted: Sequence[str], rows: list[dict[str, Tensor]], most: tuple[int, int]
 ) -> tuple[Any, list[str], dict[str, Any]]:
     from transformers.exporters import ExecutorchConfig, ExecutorchExporter, PT2EQuantizer
 
-    inputs = random_inputs(model, min(2, max_batch), 8, processor, pairs=True)
-    length = max_positions(model) or LONGEST
+    max_batch, length = most
+    inputs = random_inputs(model, min(2, max_batch), min(8, length), processor, pairs=True)
     free = torch.export.Dim.AUTO
     axes: dict[str, Any] = {name: {0: free(max=max_batch), 1: free(max=length)} for name in inputs}
     if "pixel_values" in inputs:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hfshrink.errors import SettingError
 from hfshrink.evaluation import evaluate
+from hfshrink.evaluation.measures import is_lower_better
 from hfshrink.quantization.perturbations import perturbation
 from hfshrink.sensitivity import measure_sensitivity
-
-LOWER_IS_BETTER = {"perplexity", "mse", "rmse", "mae", "loss", "wer", "cer", "error", "distance", "divergence"}
-"""Words in the names of metrics that fall when a model gets better; all others rise."""
 
 RANKING_ROWS = 256
 
@@ -52,8 +49,8 @@ def guard(  # noqa: PLR0913, PLR0917
         kept_float: Modules that stay float in any case.
         task: One of `hfshrink.loading.TASKS`; None reads it from the model.
         rows: Validation rows with labels, as `evaluate` takes them.
-        metric: As in `evaluate`; None takes the main one of the task. Metrics with a word of `LOWER_IS_BETTER` in
-            their name may rise by `max_drop`, all others may fall.
+        metric: As in `evaluate`; None takes the main one of the task. Those of which `is_lower_better` may rise
+            by `max_drop`, all others may fall.
         max_drop: In the metric's own unit: 0.01 is one point of accuracy.
         bits: Of weights, at which modules are ranked; None where the scheme can't leave any in float.
 
@@ -112,7 +109,7 @@ class _Judge:
         if score.value is None:
             raise SettingError(f"The metric {score.metric} is undefined for the float model on these rows.")
         self.name, self.float_value = score.metric, score.value
-        self.is_lower_better = not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", score.metric.lower()))
+        self.is_lower_better = is_lower_better(score.metric)
 
     def accepts(self, quantized: Any, restored: int) -> bool:
         value = evaluate(quantized, self.rows, self.metric, processor=self.processor, task=self.task).main.value

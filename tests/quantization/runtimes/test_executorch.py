@@ -34,6 +34,21 @@ def test_an_encoder_is_int8_close_and_takes_other_shapes(bert):
         assert 0 < (exported(**inputs).logits - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+def test_the_length_that_memory_is_planned_for_can_be_chosen(runtime):
+    model = tiny.model("bert", num_hidden_layers=1)
+    exported, _, results = make_executorch_int8(model, None, ["classifier"], max_batch=1, max_length=4)
+    assert (results["max_batch"], results["max_length"]) == (1, 4)
+    inputs = random_inputs(model, 1, 4)
+    expected = tiny.logits(model, inputs)
+    assert (exported(**inputs).logits - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 35])
+def test_lengths_that_the_model_has_not(runtime, length):
+    with pytest.raises(SettingError, match=f"at least 2 and at most the model's 34 positions, got {length}"):
+        make_executorch_int8(tiny.model("bert"), None, [], max_length=length)
+
+
 def test_the_model_is_left_as_it_was(bert):
     model, (exported, *_) = bert
     assert all(parameter.requires_grad for parameter in model.parameters())

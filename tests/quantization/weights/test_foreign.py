@@ -1,7 +1,6 @@
 """transformers' own quantization configs: used, recorded without secrets, refused where they can't run."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
