@@ -1,0 +1,185 @@
+"""The data card of a subset, rendered from its report alone: what the report lacks is "not measured"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from hfshrink.cards.dataset_tables import (
+    balance_tables,
+    coverage_tables,
+    danger_sentences,
+    fact_table,
+    proof_tables,
+    subset_sentence,
+)
+from hfshrink.cards.rendering import one_line, plain, render, without_folder
+from hfshrink.errors import CheckpointError
+
+INHERITED = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "multilinguality",
+    "task_categories",
+    "task_ids",
+)
+"""Fields that a subset takes over from its source's card: those that picking rows does not change."""
+TASK_CATEGORIES = frozenset(
+    {
+        "text-classification",
+        "token-classification",
+        "question-answering",
+        "fill-mask",
+        "text-generation",
+        "image-classification",
+        "feature-extraction",
+    }
+)
+SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+    (10**8, "10M<n<100M"),
+    (10**9, "100M<n<1B"),
+)
+"""(bound, the Hub's name for fewer rows)."""
+
+
+def dataset_card(report: Any, *, dataset_name: str | None = None, source_card: Any = None, **metadata: Any) -> Any:
+    """Render the data card of a subset: method, class balance, coverage, dangers, proof and how to reproduce.
+
+    Args:
+        report: A `Subset`, its `SelectionReport`, or the report's JSON form. The tables of `coverage` and of the
+            proof are read from its `details`.
+        dataset_name: Title of the card; None makes one from the source's name and the method.
+        source_card: The source data set's `DatasetCardData`, or a mapping of its fields: licence, language and tasks
+            are inherited.
+        **metadata: Further fields of `huggingface_hub.DatasetCardData`; they go before what is inherited.
+
+    Returns:
+        A `huggingface_hub.DatasetCard`; `.save(path)` writes it, `.content` is its text.
+
+    Raises:
+        CheckpointError: That is no report of a subset.
+
+    Example:
+        >>> card = dataset_card({"method": "random", "rows": 10000, "size": 3000, "data": "org/reviews"})
+        >>> card.data.source_datasets, card.data.size_categories
+        (['org/reviews'], '1K<n<10K')
+    """
+    from huggingface_hub import DatasetCard
+
+    data = read_report(report)
+    percent = f"{100 * data['size'] / data['rows']:.3g}"
+    source = str(without_folder(data.get("data") or "data")).rpartition("/")[2]
+    title = one_line(dataset_name or f"{source}-{data.get('used') or data['method']}-{percent}-percent", 100)
+    card_data = _card_data(data, title, source_card, metadata)
+    text = render(
+        "dataset_card.md.jinja",
+        card_data=card_data.to_yaml(),
+        title=title,
+        sentence=subset_sentence(data),
+        facts=fact_table(data),
+        snippet=_snippet(data),
+        balance=balance_tables(data),
+        coverage=coverage_tables(_details(data, "coverage")),
+        dangers=danger_sentences(data, _details(data, "coverage"), card_data.license),
+        proof=proof_tables(_details(data, "proof")),
+        versions=plain(", ".join(f"{name} {version}" for name, version in _versions(data)) or "Not recorded."),
+    )
+    return DatasetCard(text)
+
+
+def read_report(report: Any) -> dict[str, Any]:
+    """The JSON form of a report, with the numbers that everything else is divided by checked.
+
+    Raises:
+        CheckpointError: It is no report.
+    """
+    report = getattr(report, "report", report)
+    data = report.to_dict() if hasattr(report, "to_dict") else report
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+        raise CheckpointError(f"Expected the report of a subset, with its method, got {one_line(data, 80)!r}.")
+    rows, size = data.get("rows"), data.get("size")
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in (rows, size)) or not 1 <= size <= rows:  # type: ignore[operator]
+        raise CheckpointError(
+            f"The report of a subset must say how many rows were kept of how many, got {size!r} of {rows!r}."
+        )
+    return dict(data)
+
+
+def _card_data(data: Mapping[str, Any], title: str, source_card: Any, metadata: dict[str, Any]) -> Any:
+    from huggingface_hub import DatasetCardData
+
+    given = source_card.to_dict() if hasattr(source_card, "to_dict") else source_card or {}
+    tags = metadata.pop("tags", None) or ()
+    details = data.get("details")
+    task = details.get("task") if isinstance(details, Mapping) else None
+    known = {
+        "pretty_name": title,
+        "size_categories": next((name for bound, name in SIZES if data["size"] < bound), "other"),
+        "source_datasets": [data["data"]] if _is_hub_id(data.get("data")) else None,
+        "task_categories": [task] if task in TASK_CATEGORIES else None,
+        "tags": sorted({"hfshrink", "data-selection", *([tags] if isinstance(tags, str) else tags)}),
+    }
+    inherited = {name: _clean(given[name]) for name in INHERITED if name in given}
+    own = {name: _clean(value) for name, value in metadata.items()}
+    return DatasetCardData(**{**_without_none(known), **_without_none(inherited), **_without_none(own)})
+
+
+def _clean(value: Any) -> Any:
+    """Metadata without line breaks; from another's card nothing but texts and lists of texts."""
+    if isinstance(value, str):
+        return one_line(value, 200) or None
+    if isinstance(value, list | tuple):
+        return [one_line(item, 200) for item in value if isinstance(item, str) and item.strip()] or None
+    return None
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _is_hub_id(name: Any) -> bool:
+    """Whether a name can be a data set of the Hub: a folder's or a file's can't."""
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", name, re.ASCII) is not None
+
+
+def _snippet(data: Mapping[str, Any]) -> str:
+    """Lines of Python; all texts in them are literals, so that none can end its line or the fence."""
+    if _is_hub_id(data.get("data")):
+        call, names = "load_dataset", ("split", "revision")
+        keywords = "".join(f", {name}={_literal(data[name])}" for name in names if data.get(name))
+        read = f"load_dataset({_literal(data['data'])}{keywords})"
+    else:
+        call, read = "load_from_disk", 'load_from_disk("path/to/the/full/data")'
+    return "\n".join(
+        (
+            f"from datasets import {call}",
+            "from hfshrink import Subset",
+            "",
+            f"full = {read}",
+            'subset = Subset.load("path/to/this/folder", full)  # checks that these are the same rows',
+        )
+    )
+
+
+def _literal(value: Any) -> str:
+    return '"' + ascii(str(value)[:200])[1:-1].replace('"', '\\"').replace("`", "\\x60") + '"'
+
+
+def _details(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    details = data.get("details")
+    found = details.get(name) if isinstance(details, Mapping) else None
+    found = data.get(name) if found is None else found
+    return found if isinstance(found, Mapping) else {}
+
+
+def _versions(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    versions = data.get("versions")
+    return [(str(key), str(value)) for key, value in versions.items()] if isinstance(versions, Mapping) else []

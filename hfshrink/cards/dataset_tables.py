@@ -1,0 +1,222 @@
+"""The tables and sentences of a subset's card, each from the JSON of its report; a model's card shows the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hfshrink.cards.rendering import NOT_MEASURED, number, one_line, plain, safe_table, without_folder
+
+NOT_RECORDED = "not recorded"
+MOST_ROWS = 50  # of one table
+WORST_GROUPS = 20
+UNKNOWN_LICENSES = (None, "unknown")
+
+
+def subset_sentence(report: Mapping[str, Any]) -> str:
+    """What the subset is, in one sentence."""
+    name = plain(without_folder(report.get("data")) or "a data set")
+    split = f" ({plain(report['split'])})" if report.get("split") else ""
+    method = plain(report.get("used") or report["method"])
+    share = f"{100 * report['size'] / report['rows']:.3g}"
+    kept = f"{report['size']:,} of the {report['rows']:,} rows ({share} %)"
+    return f"{kept} of {name}{split}, picked by hfshrink: {method}."
+
+
+def fact_table(report: Mapping[str, Any]) -> str:
+    """How the rows were picked."""
+    method, used = report["method"], report.get("used") or report["method"]
+    facts = {
+        "method": method if method == used else f"{method}, which chose {used}",
+        "why": report.get("why") or None,
+        "paper": report.get("source") or None,
+        "settings": _settings(report.get("settings")) or "defaults",
+        "seed": report.get("seed", NOT_RECORDED),
+        "scores": _joined(report.get("score"), report.get("scored_by")) or "none",
+        "model of the scores or embeddings": without_folder(report.get("model")) or "none recorded",
+        "source data": without_folder(report.get("data")) or NOT_RECORDED,
+        "split": report.get("split") or NOT_RECORDED,
+        "revision": report.get("revision") or NOT_RECORDED,
+        "content of the source's columns": _settings(report.get("columns")) or NOT_RECORDED,
+        "exact duplicates in the source": _duplicates(report.get("duplicates")),
+        "rows also in the held-out data": number(_mapping(report.get("held_out")).get("overlap")),
+        "seconds": _seconds(report.get("seconds")),
+    }
+    return safe_table(("what", "value"), [(name, fact) for name, fact in facts.items() if fact is not None])
+
+
+def balance_tables(report: Mapping[str, Any]) -> list[str]:
+    """Rows of each class, full against kept: one table for each column."""
+    columns: dict[str, list[Mapping[str, Any]]] = {}
+    for share in _mappings(report.get("balance")):
+        columns.setdefault(str(share.get("column", "class")), []).append(share)
+    tables = []
+    for column, shares in columns.items():
+        full, kept = (sum(_count(share.get(side)) for share in shares) for side in ("full", "kept"))
+        rows = [
+            (
+                share.get("name"),
+                number(share.get("full")),
+                _percent(share.get("full"), full),
+                number(share.get("kept")),
+                _percent(share.get("kept"), kept),
+                _percent(share.get("kept"), share.get("full")),
+            )
+            for share in shares[:MOST_ROWS]
+        ]
+        header = (column, "full data", "share", "subset", "share", "kept")
+        tables.append(safe_table(header, rows) + _more(len(shares) - MOST_ROWS, "classes"))
+    return tables
+
+
+def coverage_tables(coverage: Mapping[str, Any]) -> list[str]:
+    """What is kept of the groups, how far the distributions are apart, and the distances in embedding space."""
+    parts = _mappings(coverage.get("partitions"))
+    rows = [
+        (
+            part.get("by"),
+            number(part.get("group_count")),
+            f"{number(part.get('lost_count'))} ({number(part.get('lost_rows'))})",
+            number(part.get("expected_lost"), ".1f"),
+            f"{number(part.get('total_variation'), '.3f')} ({number(part.get('expected_variation'), '.3f')})",
+            number(part.get("chi_squared"), ".1f"),
+            number(part.get("p_value"), ".2g"),
+        )
+        for part in parts[:MOST_ROWS]
+    ]
+    header = ("divided by", "groups", "lost (rows)", "lost by chance", "total variation (by chance)", "χ²", "p")
+    tables = [
+        safe_table(header, rows),
+        _worst_groups(parts),
+        _radius_table(_mapping(coverage.get("radius")), coverage),
+    ]
+    return [part for part in tables if part]
+
+
+def danger_sentences(report: Mapping[str, Any], coverage: Mapping[str, Any], license_name: Any) -> list[str]:
+    """What a user of the subset should fear: never an empty list."""
+    found = [f"Coverage: {plain(text, 1000)}" for text in _texts(coverage.get("warnings"))]
+    if not coverage:
+        found.append("Coverage was not measured: which groups of rows were lost is not known.")
+    elif not found:
+        found.append("Coverage: no group fell below the thresholds.")
+    thresholds = _settings(coverage.get("thresholds"))
+    if thresholds:
+        found.append(f"Thresholds of the warnings: {plain(thresholds, 1000)}.")
+    found += [f"Not measured: {plain(text, 1000)}" for text in _texts(coverage.get("notes"))]
+    found += [plain(text, 1000) for text in _texts(report.get("notes"))]
+    conflicting = _count(_mapping(report.get("duplicates")).get("conflicting"))
+    if conflicting:
+        found.append(f"{conflicting:,} rows say the same as another row with another label.")
+    overlap = _count(_mapping(report.get("held_out")).get("overlap"))
+    if overlap:
+        found.append(f"{overlap:,} rows of the full data are also in the held-out data: scores on it are too good.")
+    if license_name in UNKNOWN_LICENSES:
+        found.append("The licence of the source is not recorded: look it up before you pass rows on.")
+    return found
+
+
+def proof_tables(proof: Mapping[str, Any]) -> list[str]:
+    """The proof's lists of results as tables, its single values as one more, its texts as lines."""
+    single = {name: value for name, value in proof.items() if value is None or isinstance(value, str | int | float)}
+    parts = [safe_table(("what", "value"), [(_title(name), number(value)) for name, value in single.items()])]
+    for name, value in proof.items():
+        results = _mappings(value)
+        if results:
+            parts.append(f"**{plain(_title(name))}**\n\n{_result_table(results)}")
+        parts += [plain(text, 1000) for text in _texts(value)]
+    return [part for part in parts if part]
+
+
+def _result_table(results: Sequence[Mapping[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for result in results for name in result))
+    rows = [[number(result.get(name), ".4f") for name in names] for result in results[:MOST_ROWS]]
+    return safe_table([_title(name) for name in names], rows) + _more(len(results) - MOST_ROWS, "rows")
+
+
+def _worst_groups(parts: Sequence[Mapping[str, Any]]) -> str:
+    groups = [
+        (part.get("by"), group)
+        for part in parts
+        for group in _mappings(part.get("groups"))
+        if isinstance(group.get("ratio"), int | float)
+    ]
+    groups.sort(key=lambda pair: (pair[1]["ratio"], -_count(pair[1].get("rows"))))
+    rows = [
+        (by, group.get("name"), number(group.get("rows")), number(group.get("kept")), number(group["ratio"], ".2f"))
+        for by, group in groups[:WORST_GROUPS]
+    ]
+    return safe_table(("divided by", "least kept groups", "full data", "subset", "kept / overall share"), rows)
+
+
+def _radius_table(radius: Mapping[str, Any], coverage: Mapping[str, Any]) -> str:
+    if not radius:
+        return ""
+    measured = radius.get("measured_rows")
+    sample = "" if measured == coverage.get("rows") else f", {number(measured)} rows sampled"
+    return safe_table(
+        (f"distance to the nearest kept row{sample}", "subset", "random subset"),
+        [(name, number(radius.get(name)), number(radius.get(f"random_{name}"))) for name in ("mean", "largest")],
+    )
+
+
+def _settings(settings: Any) -> str:
+    shown = {name: value for name, value in _mapping(settings).items() if value is not None}
+    return ", ".join(f"{one_line(name)}={_shown(value)}" for name, value in shown.items())
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value := _without_folders(value), str) else json.dumps(value, default=str)
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _without_folders(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    return without_folder(value)
+
+
+def _duplicates(found: Any) -> str:
+    found = _mapping(found)
+    if found.get("rows") is None:
+        return NOT_MEASURED
+    removed = found.get("removed")
+    return f"{number(found['rows'])} rows, " + ("none removed" if removed is None else f"{number(removed)} removed")
+
+
+def _seconds(seconds: Any) -> str:
+    return ", ".join(f"{stage} {number(time, '.1f')}" for stage, time in _mapping(seconds).items()) or NOT_MEASURED
+
+
+def _joined(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _title(name: Any) -> str:
+    return str(name).replace("_", " ")
+
+
+def _more(count: int, what: str) -> str:
+    return f"\n\nand {count:,} more {what}." if count > 0 else ""
+
+
+def _percent(part: Any, whole: Any) -> str:
+    return NOT_MEASURED if not _count(whole) or part is None else f"{100 * _count(part) / _count(whole):.1f} %"
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _mappings(value: Any) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def _texts(value: Any) -> Iterable[str]:
+    return [item for item in value if isinstance(item, str)] if isinstance(value, list | tuple) else []

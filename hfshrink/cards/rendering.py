@@ -1,0 +1,84 @@
+"""Text of others in a card: one line, no markup, no HTML, no link; numbers that are none are shown as text."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from hfshrink.terminal import table
+
+NOT_MEASURED = "not measured"
+LONGEST = 300  # characters of a text from a record
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of this folder; a name that it does not know is an error."""
+    import jinja2
+
+    text = resources.files("hfshrink.cards").joinpath(template).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["plain"] = plain
+    return environment.from_string(text).render(**values)
+
+
+def plain(value: Any, longest: int = LONGEST) -> str:
+    r"""One line of a card that shows the value as it is: it can't become a heading, cell, tag, link, list or formula.
+
+    Args:
+        value: Anything; what can't be printed, such as control characters, becomes a space.
+        longest: Characters after which it is cut.
+
+    Example:
+        >>> print(plain("a_b | <b>[x](http://y)"))
+        a\_b &#124; &lt;b&gt;\[x\](http:&#47;&#47;y)
+    """
+    text = one_line(value, longest)
+    text = re.sub(r"([\\`*_\[\]~$])", r"\\\1", html.escape(text, quote=False))
+    text = text.replace("|", "&#124;").replace("://", ":&#47;&#47;")
+    text = re.sub(r"(?i)\b(www)\.", r"\1&#46;", text)
+    text = re.sub(r"^([-+=#])(?=[-+=#\s]|$)", r"\\\1", text)  # at a line's start: a list, a rule, a heading
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", text)
+
+
+def one_line(value: Any, longest: int = LONGEST) -> str:
+    """The value's text without line breaks, control characters and marks that turn the direction of writing."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)[: 4 * longest]).split())
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def without_folder(value: Any) -> Any:
+    """The last part of what looks like a path of a machine; everything else as it is."""
+    if isinstance(value, str) and re.match(r"/|~[\\/]|\\\\|[A-Za-z]:[\\/]", value):
+        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return value
+
+
+def safe_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table whose cells are all `plain`; without rows it is empty."""
+    cells = [[plain(cell) for cell in row] for row in rows]
+    return table([plain(cell) for cell in header], cells) if cells else ""
+
+
+def number(value: Any, form: str = "") -> str:
+    """A number in a format of Python's; None is "not measured", and what is no number is shown as it is.
+
+    Example:
+        >>> number(1234, ","), number(None), number({"value": 0.5, "low": 0.4, "high": 0.6}, ".2f")
+        ('1,234', 'not measured', '0.50 [0.40, 0.60]')
+    """
+    if isinstance(value, Mapping) and "value" in value:
+        low, high = value.get("low"), value.get("high")
+        interval = "" if low is None or high is None else f" [{number(low, form)}, {number(high, form)}]"
+        return number(value["value"], form) + interval
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) and "f" not in form:
+        return format(value, ",")
+    return format(value, form or ".4g")
