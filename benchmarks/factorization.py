@@ -86,8 +86,8 @@ FORMS = {
 IMAGES = [Arm(f"garments-50-{name}", {"rank_ratio": 0.5, **how}, "garments") for name, how in FORMS.items()]
 ARMS = (
     *(arm for percent in (80, 70, 50) for arm in _one_shot(percent)),
-    Arm("50-whitened-taught", {"rank_ratio": 0.5, **WHITE}, epochs=2, rates=RATES),
-    Arm("50-whitened-alone", {"rank_ratio": 0.5, **WHITE}, epochs=2, taught=False, rates=RATES[1:]),
+    Arm("50-budget-taught", WHITE, epochs=2, rates=RATES, like="50-whitened"),
+    Arm("50-budget-alone", WHITE, epochs=2, taught=False, rates=RATES[1:], like="50-whitened"),
     Arm("50-plain-taught", {"rank_ratio": 0.5, **PLAIN}, epochs=2, rates=RATES[1:]),
     Arm("dense-taught", None, epochs=2, rates=RATES[1:]),
     *IMAGES,

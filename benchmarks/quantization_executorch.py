@@ -38,8 +38,7 @@ def make(subject):
     """The program, by the public call, with the calibration rows of the other schemes."""
     model, processor = benchmark.dense(subject)
     rows = benchmark.rows_of(subject, "train").select(range(benchmark.SAMPLES))
-    # convolutions need data, linears quantize their inputs as they come; texts are cut at that length
-    how = {"calibration": rows} if subject in benchmark.IMAGES else {"max_length": benchmark.LENGTHS[subject]}
+    how = {"calibration": rows} if subject in benchmark.IMAGES else {}  # linears quantize their inputs as they come
     target = folder_of(subject, "executorch-int8")
     hfshrink.quantize(
         model, "executorch-int8", output_dir=target, processor=processor, overwrite=True, max_batch=BATCH, **how

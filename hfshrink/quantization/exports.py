@@ -85,7 +85,10 @@ def _make(request: Request) -> tuple[Any, StepRecord]:
         bound = (task, request.calibration, request.metric, request.max_drop)
         exported, changed, results = guard(make, model, request.processor, list(kept), *bound, row.ranked_at)
     with fake_quantized(model) if as_trained else nullcontext():
-        results["parity"] = check_parity(model, exported, request.processor, task, request.calibration)
+        longest = results.get("max_length")
+        results["parity"] = check_parity(
+            model, exported, request.processor, task, request.calibration, longest=longest
+        )
     before = dataclasses.replace(measure_parameters(model), size_bytes=request.source_bytes())
     step = StepRecord(
         technique="quantize",

@@ -23,7 +23,9 @@ Answer = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Inputs and outputs by name."""
 
 
-def check_parity(model: Any, other: Any, processor: Any, task: str, calibration: Any = None) -> dict[str, Any]:
+def check_parity(
+    model: Any, other: Any, processor: Any, task: str, calibration: Any = None, *, longest: int | None = None
+) -> dict[str, Any]:
     """Compare an export with the PyTorch model on the same inputs.
 
     Args:
@@ -32,6 +34,7 @@ def check_parity(model: Any, other: Any, processor: Any, task: str, calibration:
         processor: Tokenizer or image processor for raw rows.
         task: The model's task.
         calibration: Rows to compare on; None takes seeded random inputs of several lengths and batch sizes.
+        longest: Most tokens that the export reads; longer inputs are cut. None: as many as the model.
 
     Returns:
         As of `compare_answers`.
@@ -40,7 +43,8 @@ def check_parity(model: Any, other: Any, processor: Any, task: str, calibration:
         SettingError: One of the two gives NaN or infinity.
     """
     source, feed = _feed(model, processor, calibration, PARITY_ROWS)
-    inputs = (model_inputs(other, batch) for batch in feed)
+    short = ({name: value[:, :longest] if value.ndim == 2 else value for name, value in x.items()} for x in feed)
+    inputs = (model_inputs(other, batch) for batch in short)
     return compare_answers(_answers(model, inputs, source), other, task, source)
 
 
