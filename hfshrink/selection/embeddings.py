@@ -199,7 +199,7 @@ class Processes:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.accelerator.is_available())  # without, it sees one process on a CPU
         return cls(state, state.process_index, state.num_processes)
 
     def wait(self) -> None:
