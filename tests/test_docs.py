@@ -109,7 +109,7 @@ def test_generated_pages_are_up_to_date():
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr  # bitsandbytes may say on stderr which kernels it lacks
 
 
 def test_changelog_names_every_public_verb():
