@@ -109,7 +109,9 @@ def test_generated_pages_are_up_to_date():
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr  # bitsandbytes may say on stderr which kernels it lacks
+    # bitsandbytes, which peft imports, says which kernels it lacks
+    said = [line for line in done.stderr.splitlines() if "gemm_4bit_forward" not in line]
+    assert (done.returncode, said) == (0, [])
 
 
 def test_changelog_names_every_public_verb():
