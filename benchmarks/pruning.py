@@ -73,7 +73,7 @@ ARMS = (
     Arm("third-taylor", "two thirds of all heads and neurons, taylor", {**THIRD, "method": "taylor"}, rates=(1e-4,)),
     Arm("weights-70", "70 % of the weights, magnitude", {"sparsity": 0.7}, rates=(1e-4,)),
     Arm("weights-90", "90 % of the weights, magnitude", {"sparsity": 0.9}, 10, 3, rates=(1e-4,)),
-    Arm("weights-90-faster", "90 % of the weights, magnitude", {"sparsity": 0.9}, 10, rates=(3e-4,)),
+    Arm("weights-90-faster", "90 % of the weights, magnitude", {"sparsity": 0.9}, 10, 3, rates=(3e-4, 5e-4)),
     Arm(
         "movement-90",
         "90 % of the weights, movement from magnitudes",

@@ -14,7 +14,8 @@ import hfshrink
 ROOT = Path(hfshrink.__file__).parent
 GROUND = {"errors", "terminal", "measurement", "record", "saving", "modules", "loading", "labels", "data", "blocks"}
 GROUND |= {"generation", "mixins", "inputs", "histograms", "calibration", "layers", "checkpoint", "sensitivity"}
-GROUND |= {"layerwise", "streaming"}
+GROUND |= {"layerwise", "streaming", "digests"}
+TECHNIQUES = {"distillation", "factorization", "pruning", "quantization", "selection"}
 MAY_IMPORT = {
     "errors": set(),
     "terminal": set(),
@@ -27,9 +28,10 @@ MAY_IMPORT = {
     "generation": {"errors"},
     "loading": {"errors", "generation", "modules", "record", "saving"},
     "labels": {"errors", "record"},
+    "digests": {"errors"},
     "inputs": {"errors", "modules", "record"},
     "data": {"errors", "labels", "modules", "record", "terminal"},
-    "mixins": {"data", "errors", "loading"},
+    "mixins": {"data", "errors", "hub", "loading"},
     "histograms": {"errors"},
     "calibration": {"data", "errors", "histograms", "loading", "modules", "record"},
     "checkpoint": {"errors", "layers", "loading", "measurement", "modules", "record", "saving"},
@@ -43,8 +45,11 @@ MAY_IMPORT = {
     "factorization": GROUND | {"evaluation"},
     "selection": GROUND | {"evaluation"},
     "trainer": GROUND | {"distillation", "pruning", "quantization"},
-    "cards": {"errors", "loading", "measurement", "record", "terminal"},
-    "cli": GROUND | {"cards", "distillation", "evaluation", "factorization", "pruning", "quantization"},
+    "proof": GROUND | {"distillation", "evaluation", "selection"},
+    "taught": GROUND | {"distillation", "selection"},
+    "cards": {"errors", "loading", "measurement", "record", "saving", "terminal"},
+    "hub": {"cards", "checkpoint", "errors", "loading", "measurement", "record", "saving", "terminal"},
+    "cli": GROUND | TECHNIQUES | {"cards", "evaluation", "hub", "proof", "taught"},
     "__init__": {"checkpoint"},
 }
 """room -> the rooms that it may import; techniques never import each other."""

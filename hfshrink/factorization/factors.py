@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,9 @@ float32 may have."""
 RANDOMIZED_SIDE, RANDOMIZED_SHARE = 1024, 1 / 16
 """Where "auto" takes the randomized solver: the least shorter side, and the largest rank as a part of it. There it
 took 1/1.6 to 1/2.9 of the full solver's time on one CPU thread, at an error up to 0.06 % above the best."""
+
+BLOCK = 2**22
+"""Numbers of a weight that are in float64 at once (32 MB), besides what is computed from them."""
 
 OVERSAMPLING, TOLERANCE, MAX_ITERATIONS = 32, 1e-4, 40
 """Of the randomized solver: vectors beyond the rank; the gain in an iteration, as a part of the error left, at which
@@ -136,6 +139,7 @@ def decompose(
         [10.0, 1.0, 0.0]
     """
     check_weight(weight, 2)
+    weight = weight.detach()
     out, features = weight.shape
     full = min(out, features)
     max_rank = full if max_rank is None else max_rank
@@ -235,25 +239,46 @@ def _check_positive(values: Tensor) -> None:
 
 def _small_side(weight: Tensor, rows: Tensor | None, gram: Tensor | None, root: Tensor | None) -> Tensor:
     """M Mᵀ (out, out), or Mᵀ M (in, in) where W is tall, with S in `root`."""
-    scaled = weight.detach().double() if rows is None else weight.detach().double() * rows[:, None]
-    if is_tall(weight):
-        inner = scaled.T @ scaled
-        return inner if root is None else root.T @ inner @ root
-    return (scaled if gram is None else scaled @ gram) @ scaled.T
+    if gram is not None and not is_tall(weight):
+        scaled = weight.double() if rows is None else weight.double() * rows[:, None]
+        return (scaled @ gram) @ scaled.T
+    side = min(weight.shape)
+    square = torch.zeros(side, side, dtype=torch.float64, device=weight.device)
+    for where, block in _blocks(weight):
+        if is_tall(weight):
+            scaled = block if rows is None else block * rows[where, None]
+            square.addmm_(scaled.T, scaled)
+        else:
+            scaled = block if rows is None else block * rows[:, None]
+            square.addmm_(scaled, scaled.T)
+    return square if root is None else root.T @ square @ root
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows at a time of a tall weight, some columns of others, in float64."""
+    dim = 0 if is_tall(weight) else 1
+    step = max(1, BLOCK // weight.shape[1 - dim])
+    for start in range(0, weight.shape[dim], step):
+        where = slice(start, start + step)
+        yield where, (weight[where] if dim == 0 else weight[:, where]).double()
 
 
 def _balanced_factors(
     weight: Tensor, vectors: Tensor, rows: Tensor | None, root: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """D⁻¹ U and Uᵀ D W, or W S V and Vᵀ S⁻¹ where W is tall, each component with the same norm on both sides."""
-    dense = weight.detach().double()
-    if not is_tall(weight):
-        up = vectors if rows is None else vectors / rows[:, None]
-        down = (vectors.T if rows is None else vectors.T * rows) @ dense
-    else:
-        up = dense @ (vectors if root is None else root @ vectors)
+    if is_tall(weight):
+        right = vectors if root is None else root @ vectors
+        up = vectors.new_empty(len(weight), vectors.shape[1])
+        for where, block in _blocks(weight):
+            torch.mm(block, right, out=up[where])
         down = vectors.T if root is None else torch.linalg.solve_triangular(root, vectors.T, upper=False, left=False)
-    del dense  # as large as both factors, or larger
+    else:
+        left = vectors.T if rows is None else vectors.T * rows
+        down = vectors.new_empty(vectors.shape[1], weight.shape[1])
+        for where, block in _blocks(weight):
+            down[:, where] = left @ block
+        up = vectors if rows is None else vectors / rows[:, None]
     ratio = down.norm(dim=1) / up.norm(dim=0)
     scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0).sqrt()
     return up.mul_(scale).contiguous(), down.div_(scale[:, None]).contiguous()
@@ -263,7 +288,9 @@ def _leading(square: Tensor, rank: int, solver: str) -> tuple[Tensor, Tensor]:
     """Tails on the CPU, and the first `rank` eigenvectors (k, rank) of a matrix (k, k) by falling eigenvalue."""
     if solver == "randomized" and rank + OVERSAMPLING < len(square):
         return _subspace_iteration(square, rank)
-    values, vectors = torch.linalg.eigh(square)
+    vectors = square.mT  # symmetric, and column after column as LAPACK writes: overwritten in place, not copied
+    values = torch.empty(len(square), dtype=square.dtype, device=square.device)
+    torch.linalg.eigh(vectors, out=(values, vectors))
     _check_positive(values)
     left_over = values.clamp(min=0).cumsum(0).flip(0)  # the small ones first, so that none drowns in the large ones
     tails = torch.cat([left_over, left_over.new_zeros(1)])

@@ -76,6 +76,7 @@ def factorable(
             chosen[name] = module
         else:
             skipped[name] = reason
+    skipped |= {name: f"a stack of {len(stack)} matrices, as of experts" for name, stack in _stacks(model, patterns)}
     _check_any(model, chosen, skipped)
     _check_explicit(patterns, compressed)
     check_weights(chosen)
@@ -169,6 +170,17 @@ def _reasons(model: Any, skips_heads: bool) -> dict[str, str]:
         for pair in tied.items()
         for key, other in (pair, pair[::-1])
     }
+
+
+def _stacks(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, Tensor]]:
+    """Parameters that hold several matrices in one tensor (experts of transformers' MoE models); they stay dense."""
+    return [
+        (f"{name}.{key}".lstrip("."), tensor)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd) and any(fnmatchcase(name, one) for one in patterns)
+        for key, tensor in module.named_parameters(recurse=False)
+        if tensor.ndim == 3 and min(tensor.shape) > 1
+    ]
 
 
 def _named_embeddings(model: nn.Module, patterns: Sequence[str]) -> set[str]:

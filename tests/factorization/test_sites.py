@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import tiny
@@ -126,3 +127,12 @@ def test_layers_of_all_kinds_stand_for_the_product(module, form, kind):
     weights = sum(p.numel() for name, p in layer.named_parameters() if name != "bias")
     assert weights == size.parameters(2)
     assert size.dense_parameters == module.weight.numel()
+
+
+def test_stacks_of_experts_are_named_among_what_stays_dense() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 3}
+    modules, skipped = factorable(MixtralForCausalLM(MixtralConfig(**sizes, **heads)))
+    assert set(modules) == {f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"}
+    assert skipped["model.layers.0.mlp.experts.gate_up_proj"] == "a stack of 3 matrices, as of experts"
+    assert "model.layers.0.mlp.experts.down_proj" in skipped
