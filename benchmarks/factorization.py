@@ -32,7 +32,7 @@ from hfshrink.terminal import table
 
 RUNS = ROOT / "runs" / "factorization"
 SUBJECTS = {"movie": movie, "garments": garments}
-SAMPLES = {"movie": 512, "garments": 256}  # calibration rows
+SAMPLES = {"movie": 512, "garments": 2000}  # calibration rows
 SEEDS = 3
 EPOCH = 94  # steps of 32 rows
 RATES = (5e-5, 1e-4)
@@ -215,9 +215,9 @@ def render(arms):
     text.append(
         f"Means of {SEEDS} seeds; intervals resample seeds and test rows, paired with the dense model of the same "
         "seed. Kept: parameters of the factored weights over those of the dense ones, as asked for; the head and the "
-        f"embeddings stay. Calibration: {SAMPLES['movie']:,} reviews or {SAMPLES['garments']} images of the training "
-        "rows. By budget: as many parameters as the line with the same weighting and one ratio, spread over the "
-        "modules; − uniform compares the two. Taught: labels and the dense model's logits, batches of 32 for the "
+        f"embeddings stay. Calibration: {SAMPLES['movie']:,} reviews or {SAMPLES['garments']:,} images of the "
+        "training rows. By budget: as many parameters as the line with the same weighting and one ratio, spread over "
+        "the modules; − uniform compares the two. Taught: labels and the dense model's logits, batches of 32 for the "
         "reviews; rates were chosen on validation rows."
     )
     save("factorization", {"arms": found}, "\n\n".join(text))

@@ -1,4 +1,4 @@
-"""What the Trainer mixins of all techniques share: optimizer groups of their own, a state beside a checkpoint."""
+"""What the Trainer mixins of all techniques share: optimizer groups, a state beside a checkpoint, pushes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hfshrink.data import LANGUAGE_TASKS
 from hfshrink.errors import CheckpointError, HfshrinkError
 from hfshrink.loading import infer_task
+
+_Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 
 
 def counts_tokens(model: Any) -> bool:
@@ -70,3 +72,65 @@ def read_state(file: Path, keyword: str) -> dict[str, Tensor]:
             f"{file.parent} has no readable {file.name} ({error}), without which the run can't go on exactly. "
             f"Was it saved with save_only_model, or without {keyword}=? Start anew."
         ) from error
+
+
+class PublishingMixin(_Trainer):
+    """Makes a Trainer's own pushes those of hfshrink: the record's card, one commit, no file that was not meant.
+
+    `TrainingArguments(push_to_hub=True, hub_strategy=…)` and `trainer.push_to_hub()` work as in the plain Trainer. Of
+    a run nothing but the model and, where `hub_strategy` asks for them, its checkpoints are sent; never the pickled
+    training arguments, which hold the token.
+    """
+
+    _publishing: Any = None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Check the token and make the repository."""
+        from hfshrink.hub.training import open_run
+
+        open_run(self, token, private)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of the record; without one the plain Trainer's."""
+        from hfshrink.hub.training import CARD_ARGUMENTS, write_card
+
+        if not write_card(self, {**dict(zip(CARD_ARGUMENTS, args, strict=False)), **kwargs}):
+            super().create_model_card(*args, **kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Publish the model as it is now, with its record and card, in one commit.
+
+        Args:
+            commit_message: Its first line.
+            blocking: Whether to wait; else a `Future` is returned.
+            token: One that may write; None takes `args.hub_token`, or the saved one.
+            revision: Branch; None takes `args.hub_revision`.
+            private: Of a new repository.
+            **kwargs: As of `Trainer.create_model_card`.
+
+        Returns:
+            The commit's address, on the main process.
+        """
+        from hfshrink.hub.training import push_run
+
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self._publishing is None or token is not None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return push_run(self, commit_message or "End of training", blocking, revision, kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        from hfshrink.hub.training import push_checkpoint
+
+        if self.is_world_process_zero():
+            push_checkpoint(self, Path(checkpoint_folder))

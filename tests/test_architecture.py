@@ -88,6 +88,7 @@ def test_public_names():
         "CompressionReport",
         "CompressionTrainer",
         "CrossTokenizerLoss",
+        "DataMapCallback",
         "DecoupledLoss",
         "DeepToShallowLoss",
         "DistillationMixin",
@@ -104,23 +105,32 @@ def test_public_names():
         "QATMixin",
         "QATTrainer",
         "RelationLoss",
+        "Subset",
+        "add_soft_labels",
         "augment",
         "cache_teacher",
         "compare",
+        "dataset_card",
         "distill",
         "evaluate",
+        "evaluate_subset",
         "factorize",
         "filter_by_teacher",
         "generate_texts",
         "load",
+        "load_soft_labels",
         "make_student",
         "measure_sensitivity",
         "model_card",
         "mutate_texts",
         "profile",
         "prune",
+        "push_to_hub",
         "quantize",
         "report",
+        "save_soft_labels",
+        "select",
+        "synthesize",
         "to_dense",
         "trim_vocabulary",
     ]
@@ -132,7 +142,18 @@ def test_public_names():
 def test_no_public_name_is_a_submodules_name():
     modules = {name.rpartition(".")[2] for _, name, _ in pkgutil.walk_packages([str(ROOT)], "hfshrink.")}
     public = set(hfshrink.__all__)
-    for room in ("distillation", "evaluation", "pruning", "quantization", "cards", "layers"):
+    for room in (
+        "cards",
+        "distillation",
+        "evaluation",
+        "factorization",
+        "hub",
+        "layers",
+        "proof",
+        "pruning",
+        "quantization",
+        "selection",
+    ):
         public |= set(import_module(f"hfshrink.{room}").__all__)
     assert not modules & public
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,11 @@ from hfshrink.cards.dataset_tables import (
     proof_tables,
     subset_sentence,
 )
-from hfshrink.cards.rendering import one_line, plain, render, without_folder
-from hfshrink.errors import CheckpointError
+from hfshrink.cards.licences import check_license, known_license, license_sentences
+from hfshrink.cards.merging import marked
+from hfshrink.cards.metadata import is_hub_id
+from hfshrink.cards.rendering import literal, one_line, plain, render, without_folder
+from hfshrink.errors import CheckpointError, SettingError
 
 INHERITED = (
     "license",
@@ -48,9 +50,21 @@ SIZES = (
     (10**9, "100M<n<1B"),
 )
 """(bound, the Hub's name for fewer rows)."""
+PUBLISHED = {
+    True: "The rows themselves are published here.",
+    False: "Only the numbers of the rows and their scores are published here; the rows themselves are in the source.",
+}
 
 
-def dataset_card(report: Any, *, dataset_name: str | None = None, source_card: Any = None, **metadata: Any) -> Any:
+def dataset_card(
+    report: Any,
+    *,
+    dataset_name: str | None = None,
+    source_card: Any = None,
+    repo_id: str | None = None,
+    with_rows: bool | None = None,
+    **metadata: Any,
+) -> Any:
     """Render the data card of a subset: method, class balance, coverage, dangers, proof and how to reproduce.
 
     Args:
@@ -59,6 +73,8 @@ def dataset_card(report: Any, *, dataset_name: str | None = None, source_card: A
         dataset_name: Title of the card; None makes one from the source's name and the method.
         source_card: The source data set's `DatasetCardData`, or a mapping of its fields: licence, language and tasks
             are inherited.
+        repo_id: The Hub id that the snippet loads; None leaves a path to fill in.
+        with_rows: Whether the rows themselves are published, or their numbers and scores alone; None says nothing.
         **metadata: Further fields of `huggingface_hub.DatasetCardData`; they go before what is inherited.
 
     Returns:
@@ -66,6 +82,7 @@ def dataset_card(report: Any, *, dataset_name: str | None = None, source_card: A
 
     Raises:
         CheckpointError: That is no report of a subset.
+        SettingError: A repository name or licence that the Hub doesn't know.
 
     Example:
         >>> card = dataset_card({"method": "random", "rows": 10000, "size": 3000, "data": "org/reviews"})
@@ -75,24 +92,28 @@ def dataset_card(report: Any, *, dataset_name: str | None = None, source_card: A
     from huggingface_hub import DatasetCard
 
     data = read_report(report)
+    if repo_id is not None and not is_hub_id(repo_id):
+        raise SettingError(f"repo_id must be a Hub id, namespace/name, got {one_line(repo_id, 120)!r}.")
     percent = f"{100 * data['size'] / data['rows']:.3g}"
     source = str(without_folder(data.get("data") or "data")).rpartition("/")[2]
     title = one_line(dataset_name or f"{source}-{data.get('used') or data['method']}-{percent}-percent", 100)
     card_data = _card_data(data, title, source_card, metadata)
-    text = render(
+    body = render(
         "dataset_card.md.jinja",
-        card_data=card_data.to_yaml(),
         title=title,
         sentence=subset_sentence(data),
         facts=fact_table(data),
-        snippet=_snippet(data),
+        published="" if with_rows is None else PUBLISHED[with_rows],
+        snippet=_snippet(data, repo_id, with_rows),
+        source=_source(data),
         balance=balance_tables(data),
         coverage=coverage_tables(_details(data, "coverage")),
         dangers=danger_sentences(data, _details(data, "coverage"), card_data.license),
         proof=proof_tables(_details(data, "proof")),
+        licence=license_sentences(card_data, _origin(data), "subset"),
         versions=plain(", ".join(f"{name} {version}" for name, version in _versions(data)) or "Not recorded."),
     )
-    return DatasetCard(text)
+    return DatasetCard(f"---\n{card_data.to_yaml()}\n---\n\n{marked(body)}")
 
 
 def read_report(report: Any) -> dict[str, Any]:
@@ -123,11 +144,15 @@ def _card_data(data: Mapping[str, Any], title: str, source_card: Any, metadata: 
     known = {
         "pretty_name": title,
         "size_categories": next((name for bound, name in SIZES if data["size"] < bound), "other"),
-        "source_datasets": [data["data"]] if _is_hub_id(data.get("data")) else None,
+        "source_datasets": [data["data"]] if is_hub_id(data.get("data")) else None,
         "task_categories": [task] if task in TASK_CATEGORIES else None,
         "tags": sorted({"hfshrink", "data-selection", *([tags] if isinstance(tags, str) else tags)}),
     }
     inherited = {name: _clean(given[name]) for name in INHERITED if name in given}
+    if inherited.get("license"):
+        inherited |= known_license(inherited["license"])
+    if metadata.get("license"):
+        check_license(metadata["license"])
     own = {name: _clean(value) for name, value in metadata.items()}
     return DatasetCardData(**{**_without_none(known), **_without_none(inherited), **_without_none(own)})
 
@@ -145,32 +170,43 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _is_hub_id(name: Any) -> bool:
-    """Whether a name can be a data set of the Hub: a folder's or a file's can't."""
-    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", name, re.ASCII) is not None
-
-
-def _snippet(data: Mapping[str, Any]) -> str:
+def _snippet(data: Mapping[str, Any], repo_id: str | None, with_rows: bool | None) -> str:
     """Lines of Python; all texts in them are literals, so that none can end its line or the fence."""
-    if _is_hub_id(data.get("data")):
+    if repo_id and with_rows:
+        return f"from datasets import load_dataset\n\nsubset = load_dataset({literal(repo_id)})"
+    if is_hub_id(data.get("data")):
         call, names = "load_dataset", ("split", "revision")
-        keywords = "".join(f", {name}={_literal(data[name])}" for name in names if data.get(name))
-        read = f"load_dataset({_literal(data['data'])}{keywords})"
+        keywords = "".join(f", {name}={literal(data[name])}" for name in names if data.get(name))
+        read = f"load_dataset({literal(data['data'])}{keywords})"
     else:
         call, read = "load_from_disk", 'load_from_disk("path/to/the/full/data")'
+    place = f'snapshot_download({literal(repo_id)}, repo_type="dataset")' if repo_id else '"path/to/this/folder"'
+    download = ["from huggingface_hub import snapshot_download"] if repo_id else []
     return "\n".join(
         (
             f"from datasets import {call}",
             "from hfshrink import Subset",
+            *download,
             "",
             f"full = {read}",
-            'subset = Subset.load("path/to/this/folder", full)  # checks that these are the same rows',
+            f"subset = Subset.load({place}, full)  # checks that these are the same rows",
         )
     )
 
 
-def _literal(value: Any) -> str:
-    return '"' + ascii(str(value)[:200])[1:-1].replace('"', '\\"').replace("`", "\\x60") + '"'
+def _source(data: Mapping[str, Any]) -> str:
+    """Which rows the numbers count, as far as it is recorded."""
+    name = _origin(data) if data.get("data") else "the full data (its name is not recorded)"
+    split = f", split {plain(data['split'])}" if data.get("split") else ""
+    revision = f", revision {plain(data['revision'])}" if data.get("revision") else ", revision not recorded"
+    return f"`indices.npy` holds the numbers of the rows in {name}{split}{revision}, in its order."
+
+
+def _origin(data: Mapping[str, Any]) -> str:
+    name = data.get("data")
+    if is_hub_id(name):
+        return f"[{plain(name)}](https://huggingface.co/datasets/{name})"
+    return plain(without_folder(name) or "the source data")
 
 
 def _details(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hfshrink.cards.rendering import NOT_MEASURED, number, one_line, plain, safe_table, without_folder
+from hfshrink.cards.rendering import NOT_MEASURED, number, plain, safe_table, settings_text, without_folder
 
 NOT_RECORDED = "not recorded"
 MOST_ROWS = 50  # of one table
@@ -31,14 +30,14 @@ def fact_table(report: Mapping[str, Any]) -> str:
         "method": method if method == used else f"{method}, which chose {used}",
         "why": report.get("why") or None,
         "paper": report.get("source") or None,
-        "settings": _settings(report.get("settings")) or "defaults",
+        "settings": settings_text(report.get("settings")) or "defaults",
         "seed": report.get("seed", NOT_RECORDED),
         "scores": _joined(report.get("score"), report.get("scored_by")) or "none",
         "model of the scores or embeddings": without_folder(report.get("model")) or "none recorded",
         "source data": without_folder(report.get("data")) or NOT_RECORDED,
         "split": report.get("split") or NOT_RECORDED,
         "revision": report.get("revision") or NOT_RECORDED,
-        "content of the source's columns": _settings(report.get("columns")) or NOT_RECORDED,
+        "content of the source's columns": settings_text(report.get("columns")) or NOT_RECORDED,
         "exact duplicates in the source": _duplicates(report.get("duplicates")),
         "rows also in the held-out data": number(_mapping(report.get("held_out")).get("overlap")),
         "seconds": _seconds(report.get("seconds")),
@@ -101,7 +100,7 @@ def danger_sentences(report: Mapping[str, Any], coverage: Mapping[str, Any], lic
         found.append("Coverage was not measured: which groups of rows were lost is not known.")
     elif not found:
         found.append("Coverage: no group fell below the thresholds.")
-    thresholds = _settings(coverage.get("thresholds"))
+    thresholds = settings_text(coverage.get("thresholds"))
     if thresholds:
         found.append(f"Thresholds of the warnings: {plain(thresholds, 1000)}.")
     found += [f"Not measured: {plain(text, 1000)}" for text in _texts(coverage.get("notes"))]
@@ -118,7 +117,13 @@ def danger_sentences(report: Mapping[str, Any], coverage: Mapping[str, Any], lic
 
 
 def proof_tables(proof: Mapping[str, Any]) -> list[str]:
-    """The proof's lists of results as tables, its single values as one more, its texts as lines."""
+    """What training on the subset came to: facts, arms and differences of `evaluate_subset`, its notes as lines.
+
+    Of another proof its lists of results are tables, its single values one more, its texts lines.
+    """
+    arms = [arm for arm in _mappings(proof.get("arms")) if isinstance(arm.get("test"), Mapping)]
+    if arms:
+        return _trained_tables(proof, arms)
     single = {name: value for name, value in proof.items() if value is None or isinstance(value, str | int | float)}
     parts = [safe_table(("what", "value"), [(_title(name), number(value)) for name, value in single.items()])]
     for name, value in proof.items():
@@ -127,6 +132,59 @@ def proof_tables(proof: Mapping[str, Any]) -> list[str]:
             parts.append(f"**{plain(_title(name))}**\n\n{_result_table(results)}")
         parts += [plain(text, 1000) for text in _texts(value)]
     return [part for part in parts if part]
+
+
+def _trained_tables(proof: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    outside = any(isinstance(arm.get("out_of_distribution"), Mapping) for arm in arms)
+    header = ["arm", "rows", "epochs", "steps", "accuracy", "macro F1", "worst class", "train - test"]
+    header += ["other source: accuracy"] * outside + ["seconds"]
+    rows = [[*_arm_cells(arm, outside)] for arm in arms[:MOST_ROWS]]
+    differences = [
+        (
+            f"subset - {item.get('against')}, equal {item.get('equal')}",
+            f"{item.get('metric')} ({_title(item.get('data'))})",
+            number(item.get("difference"), "+.4f"),
+            item.get("verdict") or NOT_MEASURED,
+        )
+        for item in _mappings(proof.get("differences"))[:MOST_ROWS]
+    ]
+    compared = safe_table(("difference", "metric", "value [95 % interval]", "the interval says"), differences)
+    parts = [_proof_facts(proof), safe_table(header, rows) + _more(len(arms) - MOST_ROWS, "arms"), compared]
+    return [part for part in [*parts, *(plain(text, 1000) for text in _texts(proof.get("notes")))] if part]
+
+
+def _arm_cells(arm: Mapping[str, Any], outside: bool) -> Iterable[str]:
+    test, other = _mapping(arm.get("test")), _mapping(arm.get("out_of_distribution"))
+    equal = f", equal {arm['equal']}" if arm.get("equal") else ""
+    yield f"{arm.get('data')}{equal}"
+    yield from (number(arm.get(name), form) for name, form in (("rows", ""), ("epochs", ".3g"), ("steps", "")))
+    yield from (number(test.get(name), ".4f") for name in ("accuracy", "f1"))
+    yield f"{test.get('worst_class')}: {number(test.get('worst_recall'), '.4f')}"
+    yield number(arm.get("gap"), "+.4f")
+    yield from [number(other.get("accuracy"), ".4f")] * outside
+    yield number(arm.get("seconds"), ".1f")
+
+
+def _proof_facts(proof: Mapping[str, Any]) -> str:
+    seeds = proof.get("seeds")
+    facts = {
+        "model": without_folder(proof.get("model")),
+        "trained with": proof.get("trainer"),
+        "settings": settings_text(proof.get("settings")),
+        "seeds": ", ".join(map(str, seeds[:MOST_ROWS])) if isinstance(seeds, list | tuple) else seeds,
+        "test rows": _held_out(proof.get("test")),
+        "rows of another source": _held_out(proof.get("out_of_distribution")),
+        "seconds to pick the rows": number(proof.get("selection_seconds"), ".1f"),
+        "machine": settings_text(proof.get("machine")),
+    }
+    return safe_table(("what", "value"), [(name, fact) for name, fact in facts.items() if fact])
+
+
+def _held_out(facts: Any) -> str:
+    facts = _mapping(facts)
+    name = f" of {without_folder(facts['name'])}" if facts.get("name") else ""
+    removed = f", {number(facts['removed'])} training rows among them left out" if _count(facts.get("removed")) else ""
+    return f"{number(facts.get('rows'))}{name}{removed}" if facts else ""
 
 
 def _result_table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -159,23 +217,6 @@ def _radius_table(radius: Mapping[str, Any], coverage: Mapping[str, Any]) -> str
         (f"distance to the nearest kept row{sample}", "subset", "random subset"),
         [(name, number(radius.get(name)), number(radius.get(f"random_{name}"))) for name in ("mean", "largest")],
     )
-
-
-def _settings(settings: Any) -> str:
-    shown = {name: value for name, value in _mapping(settings).items() if value is not None}
-    return ", ".join(f"{one_line(name)}={_shown(value)}" for name, value in shown.items())
-
-
-def _shown(value: Any) -> str:
-    return value if isinstance(value := _without_folders(value), str) else json.dumps(value, default=str)
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _without_folders(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(item) for item in value]
-    return without_folder(value)
 
 
 def _duplicates(found: Any) -> str:

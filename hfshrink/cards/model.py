@@ -2,44 +2,71 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import re
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from hfshrink.errors import SettingError
-from hfshrink.record import CompressionReport, comparison_table
+from hfshrink.cards.dataset import read_report as read_subset
+from hfshrink.cards.dataset_tables import (
+    balance_tables,
+    coverage_tables,
+    danger_sentences,
+    fact_table,
+    proof_tables,
+    subset_sentence,
+)
+from hfshrink.cards.licences import license_sentences
+from hfshrink.cards.limits import group_table, limit_sentences
+from hfshrink.cards.merging import marked
+from hfshrink.cards.metadata import is_hub_id, model_card_data, training_datasets
+from hfshrink.cards.model_tables import compared_table, step_table, training_table
+from hfshrink.cards.plots import read_plots
+from hfshrink.cards.rendering import one_line, plain, render, without_folder
+from hfshrink.cards.reproduce import fingerprint_table, recipe_yaml, version_sentences
+from hfshrink.cards.snippets import EXPORTS, TIERS, export_snippets, infer_tier, load_snippet, read_tier
+from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
+from hfshrink.loading import infer_task
+from hfshrink.record import CompressionReport, config_of
 from hfshrink.record import report as read_report
-from hfshrink.terminal import table
-
-TAGS = {"make_student": "distillation", "distill": "distillation", "quantize": "quantized"}
-"""technique -> the Hub's tag for it."""
-SNIPPETS = {
-    "text": ("AutoTokenizer", 'processor("An example.", return_tensors="pt")', "logits"),
-    "question-answering": (
-        "AutoTokenizer",
-        'processor("A question?", "A text.", return_tensors="pt")',
-        "start_logits",
-    ),
-    "feature-extraction": ("AutoTokenizer", 'processor("An example.", return_tensors="pt")', "last_hidden_state"),
-    "image-classification": ("AutoImageProcessor", 'processor(image, return_tensors="pt")', "logits"),
-}
-"""task -> (Auto class of the processor, a call of it, the output to read)."""
+from hfshrink.saving import read_config
 
 
-def model_card(report: Any, *, model_name: str | None = None, **metadata: Any) -> Any:
-    """Render a model card with the base-against-compressed table and the model index.
+def model_card(
+    report: Any,
+    *,
+    model_name: str | None = None,
+    repo_id: str | None = None,
+    base_card: Any = None,
+    tier: str | None = None,
+    plots: Sequence[Mapping[str, Any]] | None = None,
+    exports: Sequence[str] = (),
+    **metadata: Any,
+) -> Any:
+    """Render a model card: base against compressed, steps, how to load, data, limits, licence, how to reproduce.
 
     Args:
         report: A `CompressionReport`, or a model, export, folder or Hub id that holds one.
         model_name: Title of the card and of the model index; None takes the base model's name.
-        **metadata: Further fields of `huggingface_hub.ModelCardData`: `license`, `language`, `datasets`, …
+        repo_id: The Hub id that the snippets load; None leaves a path to fill in.
+        base_card: The base model's `ModelCardData`, or a mapping of its fields: licence and language are inherited.
+        tier: How the model is stored, one of `hfshrink.cards.snippets.TIERS`; None reads it from the model's config,
+            or from the record's steps.
+        plots: Images to embed, each with `file` (relative to the card) and `caption`; None takes the record's
+            `details["plots"]`.
+        exports: Folders beside the weights that hold exports, such as `"onnx/onnx-int8"`.
+        **metadata: Further fields of `huggingface_hub.ModelCardData`: `license`, `language`, `datasets`, …; they go
+            before what is inherited.
 
     Returns:
-        A `huggingface_hub.ModelCard`; `.save(path)` writes it, `.content` is its text.
+        A `huggingface_hub.ModelCard`; `.save(path)` writes it, `.content` is its text. `merge_card` puts it into a
+        README that was edited by hand.
 
     Raises:
-        SettingError: The report has no steps: there is nothing to tell.
+        SettingError: The report has no steps, so there is nothing to tell; no such tier; a repository name, licence or
+            `base_model_relation` that the Hub doesn't know.
+        CheckpointError: The record can't be read.
 
     Example:
         >>> from hfshrink.record import StepRecord
@@ -50,129 +77,106 @@ def model_card(report: Any, *, model_name: str | None = None, **metadata: Any) -
     """
     from huggingface_hub import ModelCard
 
-    if not isinstance(report, CompressionReport):
-        report = read_report(report)
-    if not report.steps:
+    record, stored = _read(report)
+    if repo_id is not None and not is_hub_id(repo_id):
+        raise SettingError(f"repo_id must be a Hub id, namespace/name, got {one_line(repo_id, 120)!r}.")
+    tier = _check_tier(tier or stored or infer_tier(record))
+    title = one_line(model_name or _title(record), 96)
+    data = model_card_data(record, title, tier, base_card, metadata)
+    task = str(data.get("pipeline_tag") or "")
+    body = render(
+        "model_card.md.jinja",
+        title=title,
+        sentence=_sentence(record, data),
+        comparison=compared_table(record),
+        plots=read_plots(record.details.get("plots") if plots is None else plots),
+        steps=step_table(record),
+        snippets=[load_snippet(task, tier, repo_id), *export_snippets(task, exports, repo_id)],
+        training=training_table(record),
+        datasets=[f"[{plain(name)}](https://huggingface.co/datasets/{name})" for name in training_datasets(record)],
+        subset=_subset_parts(record),
+        limits=limit_sentences(record),
+        groups=group_table(record),
+        licence=license_sentences(data, _origin(data)),
+        recipe=recipe_yaml(record),
+        fingerprints=fingerprint_table(record),
+        versions=version_sentences(record),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{marked(body)}")
+
+
+def _read(report: Any) -> tuple[CompressionReport, str | None]:
+    """The record with its task, and the tier: of both what the model's config says, where there is one."""
+    if isinstance(report, CompressionReport):
+        record, config = report, {}
+    else:
+        record = read_report(report)
+        config = read_config(report) if isinstance(report, str | Path) else vars(config_of(report))
+    if not record.steps:
         raise SettingError(
             "This record has no steps: hfshrink did nothing to the model, so there is no card to write."
         )
-    title = model_name or f"{(report.base_model or 'model').rpartition('/')[2]}-{report.steps[-1].method}"
-    text = _template().render(
-        card_data=_card_data(report, title, metadata).to_yaml(),
-        title=title,
-        report=report,
-        comparison=comparison_table(report),
-        steps=_steps_table(report),
-        checks=_checks(report),
-        versions=report.steps[-1].versions,
-        is_export=_is_export(report),
-        auto_class=_auto_class(report),
-        snippet=SNIPPETS.get(report.details.get("task", ""), SNIPPETS["text"]),
-    )
-    return ModelCard(text)
+    if "task" not in record.details and (task := _task(config)):
+        record = dataclasses.replace(record, details={**record.details, "task": task})
+    # In the order of config.json: a card made in memory and one made from the stored record are the same.
+    record = CompressionReport.from_dict(json.loads(json.dumps(record.to_dict(), sort_keys=True, default=str)))
+    return record, None if infer_tier(record) in EXPORTS else read_tier(config)
 
 
-def _template() -> Any:
-    import jinja2
+def _task(config: Mapping[str, Any]) -> str | None:
+    from transformers import PreTrainedConfig
 
-    text = resources.files("hfshrink.cards").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["plain"] = _plain
-    environment.filters["no_html"] = _no_html
-    return environment.from_string(text)
+    try:
+        return infer_task(PreTrainedConfig(architectures=config.get("architectures")))
+    except (UnsupportedModelError, TypeError, ValueError):
+        return None
 
 
-def _plain(value: Any) -> str:
-    """One line without markup: text from a record can't become a heading, a link or a tag."""
-    return _no_html(re.sub(r"([`*_\[\]|#])", r"\\\1", " ".join(str(value).split())))
+def _check_tier(tier: str) -> str:
+    if tier not in TIERS:
+        raise SettingError(f"tier must be one of {', '.join(TIERS)}, got {one_line(tier, 60)!r}.")
+    return tier
 
 
-def _no_html(text: str) -> str:
-    return text.replace("<", "&lt;").replace(">", "&gt;")
+def _title(record: CompressionReport) -> str:
+    base = str(without_folder(record.base_model) or "model").rpartition("/")[2]
+    return f"{base or 'model'}-{record.steps[-1].method}"
 
 
-def _card_data(report: CompressionReport, title: str, metadata: dict[str, Any]) -> Any:
-    from huggingface_hub import ModelCardData
-
-    tags = sorted(
-        {"hfshrink", *(TAGS[s.technique] for s in report.steps if s.technique in TAGS), *metadata.pop("tags", ())}
-    )
-    results = _eval_results(report)
-    base = metadata.pop("base_model", None) or report.base_model or ""
-    on_hub = base.count("/") == 1  # a folder's name is no link
-    known = {
-        "base_model": base if on_hub else None,
-        "base_model_relation": ("quantized" if _is_quantized(report) else "finetune") if on_hub else None,
-        "library_name": "onnx" if _is_export(report) else "transformers",
-        "pipeline_tag": report.details.get("task"),
-        "metrics": sorted({score.metric for score in report.compressed.scores}) or None,
-        "eval_results": results or None,
-        "model_name": title if results else None,
-    }
-    return ModelCardData(
-        tags=tags, **{name: value for name, value in {**known, **metadata}.items() if value is not None}
-    )
+def _sentence(record: CompressionReport, data: Any) -> str:
+    """What the model is, in one sentence."""
+    name = record.base_model
+    base = _origin(data) if data.get("base_model") else plain(without_folder(name) or "A model")
+    if name and data.get("base_model") and name not in _bases(data):  # a name that the steps took from a folder
+        base = f"{plain(without_folder(name))}, which comes from {base}, was"
+    steps = ", then ".join(f"{plain(step.technique)} ({plain(step.method)})" for step in record.steps)
+    task = record.details.get("task")
+    return f"{base} made smaller with hfshrink: {steps}." + (f" It is for {plain(task)}." if task else "")
 
 
-def _eval_results(report: CompressionReport) -> list[Any]:
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type=report.details.get("task", "other"),
-            dataset_type=score.dataset or "unknown",
-            dataset_name=score.dataset or "unknown",
-            dataset_split=score.split,
-            metric_type=score.metric,
-            metric_value=round(score.value, 4),
-        )
-        for score in report.compressed.scores
-        if score.value is not None
-    ]
+def _bases(data: Any) -> list[str]:
+    names = data.get("base_model") or []
+    return [names] if isinstance(names, str) else names
 
 
-def _steps_table(report: CompressionReport) -> str:
-    rows = [
-        (str(number), step.technique, step.method, _short(step.settings), step.source)
-        for number, step in enumerate(report.steps, start=1)
-    ]
-    return table(("", "step", "method", "settings", "source"), rows)
+def _origin(data: Any) -> str:
+    names = [f"[{plain(name)}](https://huggingface.co/{name})" for name in _bases(data)]
+    return ", ".join(names) or "the base model"
 
 
-def _checks(report: CompressionReport) -> list[str]:
-    """One sentence per check that a step made on its own work."""
-    sentences = []
-    for step in report.steps:
-        parity = step.results.get("parity")
-        if not isinstance(parity, dict) or not isinstance(parity.get("max_difference"), float):
-            continue
-        agreement = parity.get("agreement")
-        same = f", same answer in {100 * agreement:.1f} % of cases" if isinstance(agreement, float) else ""
-        sentences.append(
-            f"`{_plain(step.method)}` against the float model on {_plain(parity.get('rows'))} "
-            f"{_plain(parity.get('inputs'))}: largest difference of an output {parity['max_difference']:.3g}{same}."
-        )
-    return sentences
-
-
-def _is_export(report: CompressionReport) -> bool:
-    return report.steps[-1].method.startswith("onnx-")
-
-
-def _is_quantized(report: CompressionReport) -> bool:
-    return any(step.technique == "quantize" for step in report.steps)
-
-
-def _auto_class(report: CompressionReport) -> str:
-    from hfshrink.loading import TASKS
-
-    return TASKS.get(report.details.get("task", ""), ("AutoModel", ""))[0]
-
-
-def _short(settings: dict[str, Any]) -> str:
-    shown = {name: value for name, value in settings.items() if value is not None}
-    return ", ".join(
-        f"{name}={json.dumps(value) if not isinstance(value, str) else value}" for name, value in shown.items()
-    )
+def _subset_parts(record: CompressionReport) -> list[str]:
+    """The tables of the subset that the model was trained on; empty without, a sentence where they can't be read."""
+    details = record.details.get("subset")
+    if details is None:
+        return []
+    try:
+        subset = read_subset(details)
+    except CheckpointError as error:
+        return [f"The record of the subset can't be read: {plain(error)}"]
+    found = subset.get("details")
+    found = found if isinstance(found, Mapping) else {}
+    coverage, proof = ({**value} if isinstance(value := found.get(n), Mapping) else {} for n in ("coverage", "proof"))
+    dangers = danger_sentences(subset, coverage, subset.get("license"))
+    parts = [subset_sentence(subset), fact_table(subset), *balance_tables(subset), *coverage_tables(coverage)]
+    parts += ["Dangers of the subset:", "\n".join(f"- {danger}" for danger in dangers), *proof_tables(proof)]
+    return [part for part in parts if part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -12,6 +13,12 @@ from hfshrink.terminal import table
 
 NOT_MEASURED = "not measured"
 LONGEST = 300  # characters of a text from a record
+PATHS = re.compile(r"file://\S+|(?<![\w.:/&<])/(?:[\w.@+-]+/)+[\w.@+-]*|(?<!\w)(?:~|[A-Za-z]:)[\\/][^\s|\"'`]*")
+HOMES = re.compile(r"^(?:/home|/Users|[A-Za-z]:[\\/]Users)[\\/][^\\/]+$")
+"""A home folder itself: its last part is a person's name."""
+SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+SECRET_NAMES = frozenset({"token", "hf_token", "hub_token", "use_auth_token", "api_key", "password", "secret"})
+"""Settings that no card shows."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -46,16 +53,48 @@ def plain(value: Any, longest: int = LONGEST) -> str:
 
 
 def one_line(value: Any, longest: int = LONGEST) -> str:
-    """The value's text without line breaks, control characters and marks that turn the direction of writing."""
+    r"""The value's text without line breaks, control characters, paths of a machine, tokens and bidirectional marks.
+
+    Example:
+        >>> one_line("read /home/me/rows.csv\nwith hf_abcdefghijklmnopqrstuv")
+        'read rows.csv with hf_…'
+    """
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)[: 4 * longest]).split())
+    text = PATHS.sub(lambda found: without_folder(found[0].removeprefix("file://")), SECRETS.sub("hf_…", text))
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def without_folder(value: Any) -> Any:
     """The last part of what looks like a path of a machine; everything else as it is."""
     if isinstance(value, str) and re.match(r"/|~[\\/]|\\\\|[A-Za-z]:[\\/]", value):
-        return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+        path = re.sub(HOMES, "", value.rstrip("\\/"))
+        return re.split(r"[\\/]", path)[-1]
     return value
+
+
+def without_folders(value: Any) -> Any:
+    """The same for all texts in mappings and lists."""
+    if isinstance(value, Mapping):
+        return {str(name): without_folders(item) for name, item in value.items() if str(name) not in SECRET_NAMES}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    return without_folder(value)
+
+
+def settings_text(settings: Any) -> str:
+    """`name=value` of all that is given, without machine paths and secrets."""
+    known = without_folders(settings) if isinstance(settings, Mapping) else {}
+    shown = {name: value for name, value in known.items() if value is not None}
+    return ", ".join(f"{one_line(name)}={_shown(value)}" for name, value in shown.items())
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def literal(value: Any) -> str:
+    """A Python string of ASCII characters: it ends neither its line nor the fence around the code."""
+    return '"' + ascii(str(value)[:200])[1:-1].replace('"', '\\"').replace("`", "\\x60").replace("<", "\\x3c") + '"'
 
 
 def safe_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:

@@ -22,8 +22,8 @@ RANDOMIZED_SIDE, RANDOMIZED_SHARE = 1024, 1 / 16
 """Where "auto" takes the randomized solver: the least shorter side, and the largest rank as a part of it. There it
 took 1/1.6 to 1/2.9 of the full solver's time on one CPU thread, at an error up to 0.06 % above the best."""
 
-BLOCK = 2**22
-"""Numbers of a weight that are in float64 at once (32 MB), besides what is computed from them."""
+BLOCK = 2**20
+"""Numbers of a weight that are in float64 at once (8 MB), besides what is computed from them."""
 
 OVERSAMPLING, TOLERANCE, MAX_ITERATIONS = 32, 1e-4, 40
 """Of the randomized solver: vectors beyond the rank; the gain in an iteration, as a part of the error left, at which

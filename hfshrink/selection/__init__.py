@@ -9,17 +9,22 @@ from hfshrink.selection.groups import coverage
 from hfshrink.selection.run import select
 from hfshrink.selection.selection_report import SelectionReport
 from hfshrink.selection.subset import Subset
+from hfshrink.selection.synthesis import synthesize
+from hfshrink.selection.synthetic import LearntSubset, Synthetic
 
 __all__ = [
     "Coverage",
     "DataMap",
     "DataMapCallback",
     "LabelError",
+    "LearntSubset",
     "SelectionReport",
     "Subset",
+    "Synthetic",
     "Thresholds",
     "coverage",
     "embed",
     "select",
+    "synthesize",
     "worst_group",
 ]

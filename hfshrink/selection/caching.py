@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from hfshrink.digests import digest_of, weights_digest
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.record import config_of, versions
 from hfshrink.saving import write_text
@@ -31,16 +31,6 @@ NO_CONTENT = (
     *("id2label", "label2id", "problem_type", "use_cache", "output_hidden_states", "output_attentions", "return_dict"),
 )
 """Entries of a config that change no hidden state: names, what is returned, and what the weights say themselves."""
-
-
-def digest_of(content: Any) -> str:
-    """BLAKE2b of JSON-safe content; the order of keys makes no difference.
-
-    Example:
-        >>> digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
-        True
-    """
-    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
 def array_digest(array: NDArray[Any]) -> str:
@@ -87,7 +77,9 @@ def column_digests(dataset: Any) -> dict[str, str]:
     return {name: digest.hexdigest() for name, digest in sorted(digests.items())}
 
 
-def check_rows(dataset: Any, rows: int, columns: Mapping[str, str], what: str = "data map") -> None:
+def check_rows(
+    dataset: Any, rows: int, columns: Mapping[str, str], what: str = "data map", *, must_share: bool = False
+) -> None:
     """Refuse a data set that something was not made of; columns that only one side has say nothing.
 
     Args:
@@ -95,13 +87,17 @@ def check_rows(dataset: Any, rows: int, columns: Mapping[str, str], what: str = 
         rows: Number of rows that it was made of.
         columns: Their `column_digests`.
         what: Its name, for the message.
+        must_share: Whether both must have a column in common; else a warning says that only the rows were counted.
 
     Raises:
-        SettingError: Another number of rows, or another content of a column that both have.
+        SettingError: Another number of rows, another content of a column that both have, or no such column.
     """
+    cure = "Give the data set that it was made of, before any filter, or make a new one."
     if len(dataset) != rows:
-        raise SettingError(f"The {what} was made of {rows:,} rows, the data set has {len(dataset):,}. Make a new one.")
+        raise SettingError(f"The {what} was made of {rows:,} rows, the data set has {len(dataset):,}. {cure}")
     shared = [name for name in getattr(dataset, "column_names", None) or () if name in columns]
+    if not shared and must_share:
+        raise SettingError(f"The {what} was made of other rows: no column is the same. {cure}")
     if not shared:
         logger.warning(
             "No column of the data set is among the %s's (%s): only the number of rows was checked.",
@@ -109,11 +105,10 @@ def check_rows(dataset: Any, rows: int, columns: Mapping[str, str], what: str = 
         )
         return
     digests = column_digests(dataset.select_columns(shared))
-    changed = [name for name in shared if digests[name] != columns[name]]
-    if changed:
+    changed = next((name for name in shared if digests[name] != columns[name]), None)
+    if changed is not None:
         raise SettingError(
-            f"The {what} was made of other rows: the column {changed[0]!r} or the rows' order has changed. "
-            "Make a new one, or give the data set of the old one."
+            f"The {what} was made of other rows: the column {changed!r} or the rows' order has changed. {cure}"
         )
 
 
@@ -158,16 +153,7 @@ def model_digest(network: nn.Module) -> str:
         False
     """
     settings = {name: value for name, value in config_of(network).to_dict().items() if name not in NO_CONTENT}
-    digest = hashlib.blake2b(f"{type(network).__name__}{digest_of(settings)}".encode(), digest_size=16)
-    for name, value in sorted(network.state_dict().items()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        if value.is_meta:
-            raise SettingError(f"The weight {name} is offloaded. Load the model into memory to cache its embeddings.")
-        digest.update(f"{name}:{value.dtype}{tuple(value.shape)};".encode())
-        flat: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(flat.data)
-    return digest.hexdigest()
+    return weights_digest(network, prefix=f"{type(network).__name__}{digest_of(settings)}")
 
 
 def processor_digest(processor: Any) -> str | None:

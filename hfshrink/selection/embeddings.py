@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hfshrink.data import INPUT_COLUMNS, batches, encode, find_text_columns, read_dataset
+from hfshrink.digests import digest_of
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.inputs import eval_mode
 from hfshrink.labels import LABEL_COLUMNS
 from hfshrink.loading import load
 from hfshrink.modules import accepted_inputs
 from hfshrink.record import model_name
-from hfshrink.selection.caching import ChunkStore, column_digests, digest_of, model_digest, processor_digest
+from hfshrink.selection.caching import ChunkStore, column_digests, model_digest, processor_digest
 from hfshrink.selection.pooling import POOLINGS, Reader
 from hfshrink.terminal import progress
 

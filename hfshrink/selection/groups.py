@@ -267,9 +267,10 @@ def _measure_radius(embeddings: Any, kept: NDArray[np.int64], seed: int) -> Radi
     array = check_embeddings(embeddings)
     n, size = len(array), len(kept)
     measured = min(n, max(1, PAIRS // size))
-    positions = None if measured == n else random_subset(n, measured, seed)
+    # draws of their own: with the seed of the subset they would meet the rows that it kept
+    positions = None if measured == n else random_subset(n, measured, seed + 10**6)
     ours = nearest_distances(array, kept, positions)
-    theirs = nearest_distances(array, random_subset(n, size, seed), positions, "coverage, random")
+    theirs = nearest_distances(array, random_subset(n, size, seed + 2 * 10**6), positions, "coverage, random")
     means = (float(ours.mean(dtype=np.float64)), float(theirs.mean(dtype=np.float64)))
     return Radius(float(ours.max()), means[0], float(theirs.max()), means[1], measured)
 

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from hfshrink.errors import SettingError
 from hfshrink.selection.budgets import by_class, check_size, random_subset
 from hfshrink.selection.coresets import facility_location, herding, k_center, kmeans_subset, moderate
-from hfshrink.selection.strata import ccs, check_scores, closest_to, easiest
+from hfshrink.selection.strata import CUTOFF, KEPT, ccs, check_scores, closest_to, easiest
 
 Indices = NDArray[np.int64]
 Scores = NDArray[np.float64]
@@ -85,12 +85,19 @@ class Choice:
         why: Why `"auto"` chose it; empty where the caller did.
         light: Whether only a small share of the hardest rows leaves, see `light_cutoff`.
         deduplicate: Whether near-duplicates leave first.
+        cutoff: Share of the hardest rows (of each class) that leaves before a method that ranks by nothing.
     """
 
     method: str
     why: str = ""
     light: bool = False
     deduplicate: bool = False
+    cutoff: float = 0.0
+
+    @property
+    def measure(self) -> str | None:
+        """The measure that rows are ranked by; None where none is needed."""
+        return METHODS[self.method].measure or ("el2n" if self.cutoff else None)
 
 
 def hardest_rows(scores: ArrayLike, size: int, cutoff: float = 0.0, labels: ArrayLike | None = None) -> Indices:
@@ -175,7 +182,9 @@ def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embedd
     From half of the rows on, little is lost: rows that say the same and the few hardest (label errors) leave, the rest
     is drawn by coverage. Below that coverage-centric selection (arXiv:2210.15809), since hardest rows alone lose to
     random ones there. Below 10 %, or at few rows a class, the rows nearest to the centroids of k-means
-    (arXiv:2404.00264: 10 points above random rows at 20 a class and fewer).
+    (arXiv:2404.00264: 10 points above random rows at 20 a class and fewer). A wrong label among so few rows weighs
+    much, and k-means does not see it: where there are scores the hardest rows leave first, as many as coverage-centric
+    selection drops at that share.
 
     Args:
         kept: Share of rows kept, in (0, 1].
@@ -209,7 +218,15 @@ def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embedd
         )
     if (kept < 0.1 or per_class < FEW_ROWS) and has_embeddings:
         few = f"{share}, below 10 %" if kept < 0.1 else f"{share}, under {FEW_ROWS} a class"
-        return Choice("kmeans", f"{few}: the rows nearest to the centroids of each class stand for the others")
+        why = f"{few}: the rows nearest to the centroids of each class stand for the others"
+        if not has_scores:
+            return Choice("kmeans", why)
+        cutoff = float(np.interp(kept, KEPT, CUTOFF))
+        return Choice(
+            "kmeans",
+            f"{why}, after the hardest {cutoff:.0%} of each class, label errors above all, have left",
+            cutoff=cutoff,
+        )
     if has_scores:
         return Choice("ccs", f"{share}, below half: coverage of the scores, without the hardest rows")
     return Choice("kmeans", f"{share}, and without labels there are no scores: the rows nearest to the centroids")

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
+from hfshrink.digests import digest_of
 from hfshrink.errors import SettingError
 from hfshrink.selection.blockwise import Rows, check_embeddings
 from hfshrink.selection.budgets import check_labels
-from hfshrink.selection.caching import array_digest, check_rows, column_digests, digest_of
+from hfshrink.selection.caching import array_digest, check_rows, column_digests
 from hfshrink.selection.datamap_measures import PARTS, RunningMeasures, row_measures
 from hfshrink.terminal import progress
 

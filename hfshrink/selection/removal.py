@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfshrink.errors import SettingError
+from hfshrink.selection.budgets import class_budgets
 from hfshrink.selection.contents import RowTexts
 from hfshrink.selection.deduplication import find_duplicates, find_overlap, without_duplicates
 from hfshrink.selection.embeddings import embed
@@ -80,6 +81,31 @@ def remove_duplicates(
     return kept, {**found, "removed": n - len(kept), "threshold": threshold}
 
 
+def without_hardest(request: Request, candidates: Indices, scores: NDArray[np.float64], cutoff: float) -> Indices:
+    """The candidates but for the hardest share of each group; no group loses rows that its budget needs.
+
+    Args:
+        request: The checked request.
+        candidates: Rising row numbers.
+        scores: (n,) of all rows, the higher, the harder.
+        cutoff: The share.
+
+    Returns:
+        Rising row numbers.
+    """
+    strata, size = request.labels.strata, min(request.size, len(candidates))
+    if strata is None:
+        groups = [(np.arange(len(candidates)), size)]
+    else:
+        mine = strata[candidates]
+        groups = [(np.flatnonzero(mine == name), budget) for name, budget in class_budgets(mine, size).items()]
+    left = []
+    for rows, budget in groups:
+        dropped = min(int(cutoff * len(rows) + 1e-9), len(rows) - budget)
+        left.append(rows[np.argsort(scores[candidates[rows]], kind="stable")[: len(rows) - dropped]])
+    return candidates[np.sort(np.concatenate(left))]
+
+
 def overlap_with(request: Request, vectors: Callable[[], NDArray[Any]]) -> dict[str, Any]:
     """Training rows that are in the test data too: by content, and by cosine where duplicates were asked for so.
 
@@ -109,7 +135,7 @@ def overlap_with(request: Request, vectors: Callable[[], NDArray[Any]]) -> dict[
     source, threshold, near = request.sources, None, None
     if request.settings.deduplicate and source.model is not None:
         threshold, keywords = request.settings.threshold or THRESHOLD, request.settings.given(*EMBED_OPTIONS)
-        near = embed(held_out, source.model, source.processor, cache_dir=source.cache_dir, **keywords)
+        near = embed(request.content(held_out), source.model, source.processor, cache_dir=source.cache_dir, **keywords)
     own = None if near is None else vectors()
     rows = find_overlap(own, near, threshold, cast("Sequence[str]", texts), others)
     if len(rows):

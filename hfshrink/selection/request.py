@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hfshrink.data import read_dataset
+from hfshrink.data import INPUT_COLUMNS, read_dataset
 from hfshrink.errors import SettingError
 from hfshrink.evaluation.scoring import dataset_name
+from hfshrink.labels import LABEL_COLUMNS
 from hfshrink.selection.budgets import class_budgets
 from hfshrink.selection.caching import column_digests
 from hfshrink.selection.contents import RowTexts, row_texts
+from hfshrink.selection.dangers import read_thresholds
 from hfshrink.selection.methods import FREE_MEASURE, MEASURES, METHODS, NAMES
+from hfshrink.selection.partitions import divide_by_column
 from hfshrink.selection.row_labels import Labels, read_labels
 from hfshrink.selection.sources import Sources, check_needs, read_sources, refuse_held_out, with_data_map
 
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 
 EMBED_OPTIONS = ("pooling", "batch_size", "text_columns", "max_length")
 PROBE_OPTIONS = ("seeds", "epochs", "hidden")
-OWN_OPTIONS = ("score", "label_column", "normalize")
+COVERAGE_OPTIONS = ("coverage", "columns", "thresholds")
+OWN_OPTIONS = ("score", "label_column", "normalize", "split", *COVERAGE_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class Settings:
     def threshold(self) -> float | None:
         """The cosine that the caller named; None where none is."""
         return None if self.deduplicate is None or isinstance(self.deduplicate, bool) else float(self.deduplicate)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metadata columns that the coverage is told of."""
+        given = self.options.get("columns", ())
+        return (given,) if isinstance(given, str) else tuple(given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +87,10 @@ class Request:
     columns: dict[str, str]
     notes: list[str]
 
+    def content(self, dataset: Dataset) -> Dataset:
+        """A data set without labels and metadata of any name, as a model shall read it."""
+        return content_of(dataset, self.labels, self.settings)
+
 
 def read_request(dataset: Any, settings: Settings, sources: Sources) -> Request:
     """Read the data set and check everything that can be checked before work.
@@ -87,13 +101,15 @@ def read_request(dataset: Any, settings: Settings, sources: Sources) -> Request:
     """
     check_settings(settings)
     _refuse_streaming(dataset)
-    rows = read_dataset(dataset)
+    rows = read_dataset(dataset, settings.options.get("split"))
     size = wanted_rows(len(rows), settings.fraction, settings.size)
     notes: list[str] = []
     labels = read_labels(rows, settings.stratify, settings.options.get("label_column"), notes)
     if labels.strata is not None:
         class_budgets(labels.strata, size)  # raises for fewer rows than classes
-    texts = row_texts(rows, settings.options.get("text_columns"), labels.column)
+    for column in settings.columns:
+        divide_by_column(rows, column)  # raises for columns that make no groups
+    texts = row_texts(content_of(rows, labels, settings), settings.options.get("text_columns"), labels.column)
     held_out = None if sources.held_out is None else read_dataset(sources.held_out)
     columns = column_digests(rows)
     check_needs(settings.method, sources, labels, rows)
@@ -108,6 +124,18 @@ def read_request(dataset: Any, settings: Settings, sources: Sources) -> Request:
     if str(getattr(rows, "split", None) or "").startswith("test"):
         notes.append("These rows are a test split: what is trained on them can't be tested on them.")
     return Request(rows, dataset_name(dataset, rows), size, settings, read, labels, texts, held_out, columns, notes)
+
+
+def content_of(dataset: Dataset, labels: Labels, settings: Settings) -> Dataset:
+    """A data set without the columns that say what a row is, not what it holds: labels, groups, metadata.
+
+    Columns with a usual name of labels stay, since every reader knows them; so do those named as text.
+    """
+    named = settings.options.get("text_columns") or ()
+    stay = {*LABEL_COLUMNS, *INPUT_COLUMNS, *((named,) if isinstance(named, str) else named)}
+    others = {labels.column, labels.strata_column, *settings.columns} - stay
+    leave = [name for name in dataset.column_names if name in others]
+    return dataset.remove_columns(leave) if len(leave) < len(dataset.column_names) else dataset
 
 
 def wanted_rows(n: int, fraction: float | None, size: int | None) -> int:
@@ -159,6 +187,9 @@ def check_settings(settings: Settings) -> None:
         raise SettingError(
             f"deduplicate must be True, False, None or a cosine in (0, 1), got {settings.deduplicate!r}."
         )
+    read_thresholds(options.get("thresholds"))
+    if options.get("coverage") not in (None, True, False):
+        raise SettingError(f"coverage must be True, False or None, got {options['coverage']!r}.")
     score = options.get("score")
     if score is not None and (method not in FREE_MEASURE or score not in MEASURES or not MEASURES[score].harder):
         names = [name for name, measure in MEASURES.items() if measure.harder]

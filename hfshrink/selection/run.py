@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from hfshrink.record import model_name
 from hfshrink.selection.blockwise import BLOCK_NUMBERS, Rows
 from hfshrink.selection.contents import is_text
+from hfshrink.selection.dangers import measure_coverage
 from hfshrink.selection.embeddings import embed
 from hfshrink.selection.methods import MEASURES, METHODS, Choice, choose_method, light_cutoff
-from hfshrink.selection.removal import overlap_with, remove_duplicates
+from hfshrink.selection.removal import overlap_with, remove_duplicates, without_hardest
 from hfshrink.selection.request import EMBED_OPTIONS, Request, Settings, Sources, read_request
 from hfshrink.selection.scoring import measure_name, read_scores
 from hfshrink.selection.selection_report import ClassShare, SelectionReport, class_shares
@@ -83,11 +84,14 @@ def select(  # noqa: PLR0913
         **options: Of the methods: `clusters` (kmeans), `outliers` (k-center), `references` (facility), `value`
             (h-score), `cutoff` (share of hardest rows left out), `strata` (ccs); `score` (the measure of "ccs",
             "easy", "hard", "auto", such as "aum"); `normalize` (whether embeddings count by their angle; as a default
-            for texts); `label_column`; of `embed`: `pooling`, `batch_size`, `text_columns`, `max_length`; of
-            `train_probes`: `seeds`, `epochs`, `hidden`.
+            for texts); `label_column`; `split` (of a data set given by its name); of `embed`: `pooling`, `batch_size`,
+            `text_columns`, `max_length`; of `train_probes`: `seeds`, `epochs`, `hidden`; of the coverage: `columns`
+            (metadata, such as the source), `thresholds` (of its warnings: `Thresholds` or a mapping), `coverage`
+            (False leaves it out, True measures distances however many rows there are).
 
     Returns:
-        The subset: `.dataset`, `.indices`, `.scores` and `.report`; `print(subset)` shows a table.
+        The subset: `.dataset`, `.indices`, `.scores` and `.report`; `print(subset)` shows a table. What it leaves out
+        (`hfshrink.selection.coverage`) stands in `.report.details["coverage"]`, and its warnings are logged.
 
     Raises:
         SettingError: A streaming data set; a fraction, size, method or option out of range; what the method needs is
@@ -121,17 +125,22 @@ class Selection:
         """All stages."""
         request = self.request
         choice = self._choose()
-        name = measure_name(request, choice.method)
+        name = measure_name(request, choice)
         with self._timed("duplicates"):
             held_out = overlap_with(request, self.vectors)
             candidates, duplicates = remove_duplicates(request, choice, self.vectors)
         with self._timed("scores"):
             scores, origin = read_scores(request, name, self.vectors)
         size = min(request.size, len(candidates))
+        if choice.cutoff and name is not None and scores is not None:
+            candidates = without_hardest(request, candidates, MEASURES[name].towards_harder(scores), choice.cutoff)
         options = self._options(choice, size, len(candidates))
         with self._timed("selection"):
             indices = candidates[self._pick(choice, candidates, size, scores, name, options)]
         found = {"duplicates": duplicates, "held_out": held_out, "score": name, "scored_by": origin}
+        with self._timed("coverage"):
+            covered = measure_coverage(request, indices, self._vectors)
+        found["details"] = {} if covered is None else {"coverage": covered}
         report = self._report(choice, indices, options, found)
         return Subset(request.rows.select(indices), indices, scores, report)
 
@@ -141,7 +150,7 @@ class Selection:
         if self._vectors is None:
             with self._timed("embeddings"):
                 self._vectors = embed(
-                    self.request.rows,
+                    self.request.content(self.request.rows),
                     source.model,
                     source.processor,
                     cache_dir=source.cache_dir,
@@ -161,15 +170,12 @@ class Selection:
             return Choice(request.settings.method)
         source, strata = request.sources, request.labels.strata
         classes = 1 if strata is None else len(np.unique(strata))
-        choice = choose_method(
+        return choose_method(
             request.size / len(request.rows),
             request.size / classes,
             has_scores=source.has_scores or (source.has_embeddings and request.labels.can_be_learnt),
             has_embeddings=source.has_embeddings,
         )
-        if source.has_scores and METHODS[choice.method].measure is None:
-            request.notes.append(f"The scores given were not used: {choice.method} needs none.")
-        return choice
 
     def _options(self, choice: Choice, size: int, candidates: int) -> dict[str, Any]:
         """The keywords of the pure function, but for labels."""
@@ -195,7 +201,7 @@ class Selection:
         """Positions in `candidates`, rising."""
         method, strata = METHODS[choice.method], self.request.labels.strata
         labels = None if strata is None else strata[candidates]
-        if name is not None and scores is not None:
+        if method.measure is not None and name is not None and scores is not None:
             return method.pick(MEASURES[name].towards_harder(scores)[candidates], size, labels=labels, **options)
         if not method.embeddings:
             return method.pick(len(candidates), size, labels=labels, **options)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfshrink.errors import SettingError
-from hfshrink.selection.methods import FREE_MEASURE, MEASURES, METHODS
+from hfshrink.selection.methods import FREE_MEASURE, MEASURES, Choice
 from hfshrink.selection.probing import train_probes
 from hfshrink.selection.request import PROBE_OPTIONS, Request
 from hfshrink.selection.subset import Subset
@@ -17,17 +17,17 @@ from hfshrink.selection.subset import Subset
 Scores = NDArray[np.float64]
 
 
-def measure_name(request: Request, method: str) -> str | None:
-    """Which measure the method ranks by; None where it needs none.
+def measure_name(request: Request, choice: Choice) -> str | None:
+    """Which measure the rows are ranked by; None where none is needed.
 
     Args:
         request: The checked request.
-        method: The method that runs, a key of `METHODS`.
+        choice: What runs.
 
     Raises:
         SettingError: The scores or the data map given can't serve as it.
     """
-    own, asked, given = METHODS[method].measure, request.settings.options.get("score"), request.sources.scores
+    own, asked, given = choice.measure, request.settings.options.get("score"), request.sources.scores
     if own is None:
         return None
     is_free = request.settings.method in FREE_MEASURE
@@ -60,6 +60,9 @@ def read_scores(
 
     Returns:
         (n,) scores and their origin; both None without a measure.
+
+    Raises:
+        SettingError: Probes that were trained on other embeddings or labels.
     """
     source = request.sources
     if name is None:
@@ -69,6 +72,9 @@ def read_scores(
     if source.scores is not None:
         return source.scores, "given"
     if source.data_map is not None:
+        check = getattr(source.data_map, "check_data", None)  # probes know what they were trained on
+        if check is not None:
+            check(source.embeddings, request.labels.values if request.labels.can_be_learnt else None)
         return np.asarray(getattr(source.data_map, _attribute(name)), dtype=np.float64), "data map"
     labels: Any = request.labels.values  # there are some: `check_needs` and `choose_method` see to it
     probes = train_probes(vectors(), labels, seed=request.settings.seed, **request.settings.given(*PROBE_OPTIONS))

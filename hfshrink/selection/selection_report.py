@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hfshrink.errors import CheckpointError
 from hfshrink.record import versions
+from hfshrink.selection.dangers import summary
 from hfshrink.terminal import table
 
 FORMAT_VERSION = 1
@@ -142,7 +143,9 @@ class SelectionReport:
         return report
 
     def __str__(self) -> str:
-        parts = [self._facts(), self._classes(), *(f"note: {note}" for note in self.notes)]
+        warnings = summary(self.details)[1]
+        parts = [self._facts(), self._classes(), *(f"warning: {text}" for text in warnings)]
+        parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(part for part in parts if part)
 
     def _facts(self) -> str:
@@ -156,6 +159,7 @@ class SelectionReport:
             "data": ", ".join(part for part in (self.data, self.split, self.revision) if part),
             "exact duplicates": _duplicates(self.duplicates),
             "rows also in the held-out data": f"{self.held_out['overlap']:,}" if "overlap" in self.held_out else "",
+            "groups": summary(self.details)[0],
             "class balance": "" if self.balance_distance is None else f"total variation {self.balance_distance:.4f}",
             "seconds": ", ".join(f"{stage} {time:.1f}" for stage, time in self.seconds.items()),
         }
@@ -232,5 +236,6 @@ def _check_numbers(report: SelectionReport) -> None:
         raise CheckpointError(
             f"This selection report of {report.size} of {report.rows} rows holds impossible numbers."
         )
+    summary(report.details)  # raises for a coverage that can't be shown
     if any(share.kept > share.full or not share.full for share in report.balance):
         raise CheckpointError("This selection report claims to keep more rows of a class than there are.")

@@ -12,10 +12,11 @@ import numpy as np
 
 from hfshrink.errors import SettingError
 from hfshrink.selection.blockwise import Rows, check_embeddings
+from hfshrink.selection.caching import check_rows
 from hfshrink.selection.datamap import DataMap
 from hfshrink.selection.methods import METHODS
 from hfshrink.selection.row_labels import Labels
-from hfshrink.selection.subset import Subset, check_same_rows
+from hfshrink.selection.subset import Subset
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,7 +90,7 @@ def read_sources(rows: Dataset, sources: Sources) -> Sources:
         changes["embeddings"] = array
     if isinstance(sources.scores, Subset):
         report = sources.scores.report
-        check_same_rows(rows, report.rows, report.columns, "The subset with these scores")
+        check_rows(rows, report.rows, report.columns, "subset with these scores", must_share=True)
         if sources.scores.scores is None:
             raise SettingError("The subset given as scores= has none; its method needed none.")
     elif sources.scores is not None:
@@ -149,7 +150,7 @@ def refuse_held_out(rows: Dataset, held_out: Dataset, columns: Mapping[str, str]
 
 def _was_made_of(dataset: Dataset, rows: int, columns: Mapping[str, str]) -> bool:
     try:
-        check_same_rows(dataset, rows, columns, "It")
+        check_rows(dataset, rows, columns, must_share=True)
     except SettingError:
         return False
     return True

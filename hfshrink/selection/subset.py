@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.errors import CheckpointError
 from hfshrink.saving import MAX_CONFIG_BYTES, save_aside
-from hfshrink.selection.caching import column_digests
+from hfshrink.selection.caching import check_rows
 from hfshrink.selection.selection_report import SelectionReport
 
 if TYPE_CHECKING:
@@ -81,34 +80,9 @@ class Subset:
         if not rising:
             raise CheckpointError(f"{folder / INDICES_FILE} must hold rising row numbers in 0..{report.rows - 1}.")
         scores = _read_array(folder / SCORES_FILE, "f", report.rows) if (folder / SCORES_FILE).exists() else None
-        check_same_rows(dataset, report.rows, report.columns, "The subset")
+        check_rows(dataset, report.rows, report.columns, "subset", must_share=True)
         indices = indices.astype(np.int64)
         return cls(dataset.select(indices), indices, scores, report)
-
-
-def check_same_rows(dataset: Any, rows: int, columns: Mapping[str, str], what: str) -> None:
-    """Refuse a data set that something was not made of; columns that only one side has say nothing.
-
-    Args:
-        dataset: The data set given.
-        rows: Rows of the one that it was made of.
-        columns: Column -> digest of that one.
-        what: What was made, for the message.
-
-    Raises:
-        SettingError: Another number of rows, another content of a column that both have, or no such column.
-    """
-    if len(dataset) != rows:
-        raise SettingError(
-            f"{what} was made of {rows:,} rows, the data set has {len(dataset):,}. Give the full data set that it "
-            "was made of, before any filter."
-        )
-    shared = [name for name in dataset.column_names if name in columns]
-    digests = column_digests(dataset.select_columns(shared)) if shared else {}
-    changed = next((name for name in shared if digests[name] != columns[name]), None)
-    if changed is not None or not shared:
-        found = f"the column {changed!r} or the rows' order has changed" if shared else "no column is the same"
-        raise SettingError(f"{what} was made of other rows: {found}. Give the data set that it was made of.")
 
 
 def _read_json(path: Path) -> Any:

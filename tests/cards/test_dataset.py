@@ -10,7 +10,8 @@ from datasets import Dataset
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from hfshrink.cards.dataset import dataset_card
-from hfshrink.errors import CheckpointError
+from hfshrink.cards.dataset_tables import proof_tables
+from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.selection.groups import coverage
 from hfshrink.selection.selection_report import SelectionReport, class_shares
 
@@ -98,6 +99,8 @@ tags:
 - hfshrink
 ---
 
+<!-- hfshrink:begin: [^\n]* -->
+
 # reviews-ccs-10-percent
 
 1,000 of the 10,000 rows \(10 %\) of org/reviews \(train\), picked by hfshrink: ccs\.
@@ -131,7 +134,7 @@ full = load_dataset\("org/reviews", split="train", revision="abc123"\)
 subset = Subset\.load\("path/to/this/folder", full\)  # checks that these are the same rows
 ```
 
-`indices\.npy` holds the numbers of the rows in the full data set, in its order\.
+`indices\.npy` holds the numbers of the rows in SOURCE, split train, revision abc123, in its order\.
 
 ## Class balance
 
@@ -180,10 +183,16 @@ subset = Subset\.load\("path/to/this/folder", full\)  # checks that these are th
 
 The worst class fell\.
 
+## Licence
+
+mit\. The licence of SOURCE must allow it\.
+
 ## Versions
 
 hfshrink 0\.1\.0, torch 2\.13\.0
-"""
+
+<!-- hfshrink:end -->
+""".replace("SOURCE", r"\[org/reviews\]\(https://huggingface\.co/datasets/org/reviews\)")
 
 
 def test_whole_card():
@@ -217,7 +226,7 @@ def test_metadata_are_inherited_from_the_source_and_the_callers_go_before():
     assert data.task_categories == ["text-retrieval"]
     assert data.tags == ["data-selection", "hfshrink", "reviews"]
     assert "configs" not in data.to_dict()  # of files that are not there
-    assert "licence" not in dataset_card(REPORT, source_card=source).content
+    assert "licence of the source is not recorded" not in dataset_card(REPORT, source_card=source).content
 
 
 def test_card_is_valid_for_the_hub(tmp_path):
@@ -269,11 +278,13 @@ def test_text_of_a_report_can_not_become_markup():
     report["versions"] = {EVIL: EVIL}
     card = dataset_card(report, dataset_name=EVIL, source_card={"license": EVIL, "language": [EVIL]})
     again = DatasetCard(card.content)
-    assert again.data.license.startswith("x --- license: mit ---")  # one line of text
-    assert set(again.data.to_dict()) <= {"license", "language", "size_categories", "pretty_name", "tags"}
-    body = again.text
+    assert again.data.license == "other"
+    assert again.data.license_name.startswith("x-license-mit-fake-script")
+    known = {"license", "license_name", "language", "size_categories", "pretty_name", "tags"}
+    assert set(again.data.to_dict()) <= known
+    body = again.text.replace("<!-- hfshrink:", "")
     headings = [line for line in body.splitlines() if line.startswith("#")]
-    plain = dataset_card(REPORT).text
+    plain = dataset_card(REPORT, license="other").text
     assert headings[1:] == [line for line in plain.splitlines() if line.startswith("#")][1:]
     assert "<" not in body
     assert "\u202e" not in body
@@ -328,7 +339,20 @@ def test_values_of_the_wrong_kind_are_shown_as_text():
     report["details"] = {"coverage": {"partitions": [{"by": None, "groups": [{"ratio": "x"}]}], "radius": 4}}
     text = dataset_card(report).content
     assert re.search(r"\| 3 +\| six +\| not measured \| not measured \|", text)
-    assert text.endswith("## Versions\n\nNot recorded.\n")
+    assert "\n## Versions\n\nNot recorded.\n" in text
+
+
+def test_the_card_says_whether_rows_are_published_and_how_to_get_them():
+    text = dataset_card(REPORT, repo_id="me/few", with_rows=True).content
+    assert "\nThe rows themselves are published here.\n" in text
+    assert 'subset = load_dataset("me/few")\n' in text
+    text = dataset_card(REPORT, repo_id="me/few", with_rows=False).content
+    assert "\nOnly the numbers of the rows and their scores are published here" in text
+    assert 'full = load_dataset("org/reviews", split="train", revision="abc123")\n' in text
+    assert 'Subset.load(snapshot_download("me/few", repo_type="dataset"), full)' in text
+    assert "published here" not in dataset_card(REPORT).content
+    with pytest.raises(SettingError, match="repo_id must be a Hub id"):
+        dataset_card(REPORT, repo_id="few")
 
 
 @pytest.mark.parametrize(
@@ -344,3 +368,75 @@ def test_values_of_the_wrong_kind_are_shown_as_text():
 def test_what_is_no_report_is_refused(report, message):
     with pytest.raises(CheckpointError, match=message):
         dataset_card(report)
+
+
+SCORED = {
+    **{name: {"value": 0.5, "low": 0.4, "high": 0.6} for name in ("accuracy", "precision", "recall", "f1")},
+    "worst_class": "bad",
+    "worst_recall": 0.25,
+}
+TRAINED = {
+    "format_version": 1,
+    "model": "org/model",
+    "trainer": "Trainer",
+    "seeds": [0, 1, 2],
+    "settings": {"learning_rate": 5e-05},
+    "test": {"name": "org/reviews", "rows": 1200, "overlap": 3, "removed": 3},
+    "out_of_distribution": {"name": None, "rows": 300, "overlap": 0, "removed": 0},
+    "selection_seconds": None,
+    "machine": {"device": "cpu"},
+    "arms": [
+        {"data": "full", "equal": None, "rows": 5000, "epochs": 3.0, "steps": 471, "seconds": 95.04, "gap": 0.1}
+        | {"test": SCORED, "out_of_distribution": SCORED},
+        {"data": "subset", "equal": "steps", "rows": 500, "epochs": 29.4, "steps": 471, "seconds": None, "gap": None}
+        | {"test": SCORED, "out_of_distribution": None},
+    ],
+    "differences": [
+        {"against": "random", "equal": "steps", "data": "test", "metric": "f1", "verdict": "not told apart"}
+        | {"difference": {"value": 0.01, "low": -0.02, "high": 0.04}}
+    ],
+    "notes": ["One seed."],
+}
+TRAINED_PATTERN = r"""\| what +\| value +\|
+\|-+\|-+\|
+\| model +\| org/model +\|
+\| trained with +\| Trainer +\|
+\| settings +\| learning\\_rate=5e-05 +\|
+\| seeds +\| 0, 1, 2 +\|
+\| test rows +\| 1,200 of org/reviews, 3 training rows among them left out \|
+\| rows of another source +\| 300 +\|
+\| seconds to pick the rows \| not measured +\|
+\| machine +\| device=cpu +\|
+
+\| arm +\| rows +\| epochs \| steps \| accuracy +\| macro F1 +\| worst class \| train - test +\| other source: accuracy +\| seconds +\|
+[|-]+
+\| full +\| 5,000 \| 3 +\| 471 +\| (0\.5000 \\\[0\.4000, 0\.6000\\\]) +\| \1 +\| bad: 0\.2500 \| \+0\.1000 +\| \1 +\| 95\.0 +\|
+\| subset, equal steps \| 500 +\| 29\.4 +\| 471 +\| \1 +\| \1 +\| bad: 0\.2500 \| not measured \| not measured +\| not measured \|
+
+\| difference +\| metric +\| value \\\[95 % interval\\\] +\| the interval says \|
+[|-]+
+\| subset - random, equal steps \| f1 \(test\) \| \+0\.0100 \\\[-0\.0200, \+0\.0400\\\] \| not told apart +\|
+
+One seed\."""  # noqa: E501
+
+
+def test_proof_of_evaluate_subset_has_its_arms_and_differences():
+    text = "\n\n".join(proof_tables(TRAINED))
+    assert re.fullmatch(TRAINED_PATTERN, text), text
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], [1, None], {"value": "x", "low": []}, {"name": {}}, True])
+def test_proofs_of_others_are_shown_whatever_they_hold(value):
+    for name in TRAINED:
+        assert "\n\n".join(proof_tables({**TRAINED, name: value}))
+    for name in TRAINED["arms"][0]:
+        assert "\n\n".join(proof_tables({**TRAINED, "arms": [{**TRAINED["arms"][0], name: value}]}))
+    for name in TRAINED["differences"][0]:
+        assert "\n\n".join(proof_tables({**TRAINED, "differences": [{**TRAINED["differences"][0], name: value}]}))
+
+
+def test_text_of_a_proof_can_not_become_markup():
+    text = "\n\n".join(proof_tables(poisoned(copy.deepcopy(TRAINED))))
+    assert "<" not in text
+    assert "\n#" not in text
+    assert rendered(text) == rendered("\n\n".join(proof_tables(TRAINED)))

@@ -113,7 +113,9 @@ def test_the_map_equals_slow_passes_over_saved_weights(case, every):
         assert found.predicted is None
 
 
-@pytest.mark.parametrize("case", ["text", "images", "causal"])
+@pytest.mark.parametrize(
+    "case", ["text", *(pytest.param(case, marks=pytest.mark.slow) for case in ("images", "causal"))]
+)
 def test_training_with_the_callback_is_bitwise_the_same(case):
     family, task, data = CASES[case]
     ends = []
@@ -144,7 +146,7 @@ def test_modules_that_someone_put_into_eval_mode_stay_so():
     assert flags == [(True, False, True)]
 
 
-@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize("stop", [pytest.param(4, marks=pytest.mark.slow), 6])
 def test_a_resumed_run_makes_the_same_map(tmp_path, stop):
     """Four steps are an epoch: stopped at its end, and in the middle of the next; dropout is on."""
     data = training.rows(ROWS)
@@ -159,6 +161,7 @@ def test_a_resumed_run_makes_the_same_map(tmp_path, stop):
     check_equal(DataMap.load(tmp_path / "part" / "data_map"), whole.data_map, exact=True)
 
 
+@pytest.mark.slow
 def test_resuming_from_an_earlier_checkpoint_forgets_the_epochs_after_it(tmp_path):
     data, first, second = training.rows(ROWS), DataMapCallback(), DataMapCallback()
     settings = {"output_dir": str(tmp_path), "num_train_epochs": 3, "save_strategy": "epoch"}
@@ -168,6 +171,7 @@ def test_resuming_from_an_earlier_checkpoint_forgets_the_epochs_after_it(tmp_pat
     check_equal(second.data_map, first.data_map, exact=True)
 
 
+@pytest.mark.slow
 def test_an_epoch_whose_end_a_killed_run_never_reached_is_made_up_for(tmp_path):
     """The checkpoint of the last step of an epoch is written before the epoch's end."""
     data, first, second = training.rows(ROWS), DataMapCallback(), DataMapCallback()
@@ -178,6 +182,7 @@ def test_an_epoch_whose_end_a_killed_run_never_reached_is_made_up_for(tmp_path):
     check_equal(second.data_map, first.data_map, exact=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_without_its_files_says_so_and_goes_on(tmp_path, caplog):
     data, late = training.rows(ROWS), DataMapCallback()
     settings = {"output_dir": str(tmp_path), "num_train_epochs": 3, "save_strategy": "epoch"}
@@ -201,6 +206,7 @@ def test_a_resumed_run_on_other_rows_is_refused(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_run_from_the_start_replaces_an_older_map(tmp_path):
     settings = {"output_dir": str(tmp_path)}
     run(tiny.model("bert", seed=1), training.rows(ROWS), [DataMapCallback()], num_train_epochs=3, **settings)
@@ -219,6 +225,7 @@ def test_training_twice_makes_two_maps():
     assert callback.data_map.confidence.tolist() != first.confidence.tolist()
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_the_map(tmp_path):
     callback, data = DataMapCallback(), training.rows(ROWS)
     trainer = Trainer(
@@ -254,6 +261,7 @@ def test_a_part_of_an_epoch_is_no_epoch(caplog):
     assert "There is no data map: training ended at epoch 0.5" in caplog.text
 
 
+@pytest.mark.slow
 def test_columns_that_the_model_does_not_take_change_nothing(tmp_path):
     """Given in the Trainer, which drops them, or to the callback."""
     data = training.rows(ROWS)
@@ -274,6 +282,7 @@ def test_columns_that_the_model_does_not_take_change_nothing(tmp_path):
     maps[0].data_map.check_rows(full)
 
 
+@pytest.mark.slow
 def test_a_data_set_of_ones_own_needs_a_length_only():
     class Pairs(torch.utils.data.Dataset):
         def __init__(self, rows):
@@ -349,6 +358,7 @@ def planted(rows=200, share=0.1):
     return tiny.tokenizer()(texts).data | {"labels": labels.tolist()}, set(wrong.tolist()), truth
 
 
+@pytest.mark.slow
 def test_planted_wrong_labels_rank_first():
     rows, wrong, truth = planted()
     callback = DataMapCallback()

@@ -232,3 +232,13 @@ def test_arrays_that_do_not_match_are_refused():
         coverage(data.select([]), [0])
     with pytest.raises(SettingError, match="got a streaming one"):
         coverage(data.to_iterable_dataset(), [0])
+
+
+def test_a_random_subset_of_the_same_seed_is_as_far_away_as_any(monkeypatch):
+    monkeypatch.setattr("hfshrink.selection.groups.PAIRS", 400 * 100)  # so that some rows are measured only
+    points = np.random.default_rng(1).normal(size=(2000, 8)).astype(np.float32)
+    kept = random_subset(2000, 400, 0)
+    data = Dataset.from_dict({"label": [0] * 2000})
+    radius = coverage(data, kept, embeddings=points, clusters=0, seed=0).radius
+    assert radius.measured_rows == 100
+    assert 0.9 < radius.mean / radius.random_mean < 1.1

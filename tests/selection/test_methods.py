@@ -98,6 +98,8 @@ def test_auto_follows_the_kept_share_and_says_so(kept, per_class, method, why):
     assert choice.method == method
     assert why in choice.why
     assert choice.light == choice.deduplicate == (kept >= 0.5)
+    assert choice.measure == "el2n"
+    assert choice.cutoff == (0 if method == "ccs" else pytest.approx({0.099: 0.3, 0.3: 0.1}[kept]))
 
 
 @pytest.mark.parametrize(("kept", "method"), [(0.9, "random"), (0.3, "kmeans"), (0.01, "kmeans")])

@@ -20,6 +20,7 @@ CLASSES = np.repeat([0, 1, 2], [24, 12, 4])
 GENERATOR = np.random.default_rng(0)
 POINTS = (GENERATOR.normal(size=(40, 5)) + 3 * np.eye(5)[CLASSES]).astype(np.float32)
 SCORES = GENERATOR.random(40)
+SIZES = ((0, 24), (1, 12), (2, 4))
 FEATURES = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
 ROWS = Dataset.from_dict({"text": [f"row {i}" for i in range(40)], "label": CLASSES.tolist()}, features=FEATURES)
 QUICK = {"seeds": 1, "epochs": 3}
@@ -114,7 +115,7 @@ def test_hardest_rows_are_the_planted_label_errors_and_coverage_leaves_them_out(
 @pytest.mark.parametrize(
     ("fraction", "given", "used"),
     [
-        (0.075, {"embeddings": POINTS}, "kmeans"),
+        (0.075, {"embeddings": POINTS, **QUICK}, "kmeans"),
         (0.45, {"embeddings": POINTS, **QUICK}, "kmeans"),
         (0.6, {"embeddings": POINTS, **QUICK}, "ccs"),
         (0.3, {"scores": SCORES}, "ccs"),
@@ -129,10 +130,42 @@ def test_auto_tells_what_it_chose_and_why(fraction, given, used):
     assert len(subset) == round(40 * fraction)
 
 
-def test_auto_at_few_rows_is_k_means():
-    assert select(ROWS, 0.2, embeddings=POINTS).indices.tolist() == (
-        kmeans_subset(POINTS, 8, CLASSES, normalize=True).tolist()
-    )
+def test_auto_at_few_rows_is_k_means_on_what_the_hardest_rows_leave():
+    unlabelled = select(ROWS.remove_columns("label"), 0.2, embeddings=POINTS)
+    assert unlabelled.indices.tolist() == kmeans_subset(POINTS, 8, normalize=True).tolist()
+    assert unlabelled.report.score is None
+    subset = select(ROWS, size=3, embeddings=POINTS, scores=SCORES, score="el2n")
+    hardest = [np.flatnonzero(c == CLASSES)[np.argsort(-SCORES[c == CLASSES])[: int(0.3 * n)]] for c, n in SIZES]
+    left = np.setdiff1d(np.arange(40), np.concatenate(hardest))
+    assert subset.indices.tolist() == left[kmeans_subset(POINTS[left], 3, CLASSES[left], normalize=True)].tolist()
+    assert subset.report.score == "el2n"
+    assert "the hardest 30% of each class" in subset.report.why
+
+
+def test_auto_below_ten_percent_keeps_wrong_labels_out_and_costs_nothing_without_them():
+    generator = np.random.default_rng(3)
+    truth = np.arange(600) % 2
+    centres = generator.normal(size=(2, 6))
+    points = (
+        generator.normal(size=(600, 6)) + 4 * centres[truth] / np.linalg.norm(centres[truth], axis=1)[:, None]
+    ).astype("f4")
+    labels = truth.copy()
+    wrong = generator.choice(600, 180, replace=False)
+    labels[wrong] ^= 1
+    shares = {}
+    for name, given in (("clean", truth), ("wrong", labels)):
+        rows = Dataset.from_dict({"row": list(range(600)), "label": given.tolist()})
+        for method in ("auto", "kmeans"):
+            picked = select(
+                rows, 0.05, method, embeddings=points, coverage=False, **(QUICK if method == "auto" else {})
+            )
+            nearest = np.array([points[picked.indices[given[picked.indices] == c]].mean(axis=0) for c in (0, 1)])
+            told = ((points[:, None] - nearest) ** 2).sum(axis=2).argmin(axis=1)
+            shares[name, method] = (given[picked.indices] != truth[picked.indices]).mean(), (told == truth).mean()
+    assert shares["wrong", "kmeans"][0] > 0.15
+    assert shares["wrong", "auto"][0] < 0.05
+    assert shares["wrong", "auto"][1] >= shares["wrong", "kmeans"][1]
+    assert shares["clean", "auto"][1] >= shares["clean", "kmeans"][1] - 0.01
 
 
 def test_auto_at_many_rows_drops_the_hardest_and_the_duplicates():
@@ -143,12 +176,6 @@ def test_auto_at_many_rows_drops_the_hardest_and_the_duplicates():
     assert sum(index < 6 for index in subset.indices) <= 1
     assert subset.report.settings["cutoff"] == 0.05
     assert 5 <= subset.report.duplicates["removed"] <= 10
-
-
-def test_auto_says_that_scores_were_not_needed():
-    subset = select(ROWS, 0.075, scores=SCORES, embeddings=POINTS)
-    assert subset.report.used == "kmeans"
-    assert any("not used" in note for note in subset.report.notes)
 
 
 def test_auto_with_nothing_to_judge_by_is_refused():
@@ -172,7 +199,7 @@ def test_model_embeds_the_rows_and_is_named(tmp_path):
     vectors = embed(rows, model, tokenizer)
     assert subset.indices.tolist() == herding(vectors, 4, rows["label"], normalize=True).tolist()
     assert subset.report.model == "BertForSequenceClassification"
-    assert set(subset.report.seconds) == {"duplicates", "scores", "embeddings", "selection"}
+    assert set(subset.report.seconds) == {"duplicates", "scores", "embeddings", "selection", "coverage"}
 
 
 def test_rows_of_a_language_model_are_picked_without_labels():

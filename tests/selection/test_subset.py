@@ -7,7 +7,7 @@ from datasets import Dataset
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.selection.caching import column_digests
 from hfshrink.selection.selection_report import SelectionReport
-from hfshrink.selection.subset import Subset, check_same_rows
+from hfshrink.selection.subset import Subset
 
 FULL = Dataset.from_dict({"text": ["a", "b", "c", "d", "e"], "label": [0, 0, 1, 1, 1]})
 
@@ -111,7 +111,3 @@ def test_report_of_the_folder_is_checked(folder):
     (folder / "report.json").write_text(json.dumps({**content, "size": 9}))
     with pytest.raises(CheckpointError, match="impossible numbers"):
         Subset.load(folder, FULL)
-
-
-def test_same_rows_pass():
-    check_same_rows(FULL, 5, column_digests(FULL), "It")

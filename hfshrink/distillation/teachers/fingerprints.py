@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from hfshrink.errors import SettingError
+from hfshrink.digests import digest_of, weights_digest
 from hfshrink.record import model_name, versions
 
 if TYPE_CHECKING:
@@ -67,32 +63,6 @@ def cache_settings(run: TeacherRun) -> dict[str, Any]:
     }
 
 
-def weights_digest(model: nn.Module) -> str:
-    """BLAKE2b of all weights and buffers of a model: names, dtypes, shapes and bytes.
-
-    Raises:
-        SettingError: A weight was offloaded to disk and can't be read here.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> before = weights_digest(layer)
-        >>> layer.weight.data[0, 0] += 1
-        >>> weights_digest(layer) == before
-        False
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, value in sorted(model.state_dict().items()):
-        if not isinstance(value, torch.Tensor):
-            continue
-        if value.is_meta:
-            raise SettingError(f"The teacher's weight {name} is offloaded. Load the teacher into memory to cache it.")
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name}:{value.dtype}{tuple(value.shape)};".encode())
-        data: Any = flat.view(torch.uint8).numpy()
-        digest.update(data)
-    return digest.hexdigest()
-
-
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """What differs in two runs' settings, for people.
 
@@ -126,10 +96,10 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str
 def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
     if not hasattr(tokenizer, "get_vocab"):
         settings = tokenizer.to_dict() if hasattr(tokenizer, "to_dict") else {}
-        return {"class": type(tokenizer).__name__, "settings": _digest(settings)}
+        return {"class": type(tokenizer).__name__, "settings": digest_of(settings)}
     return {
         "class": type(tokenizer).__name__,
-        "vocabulary": _digest(tokenizer.get_vocab()),
+        "vocabulary": digest_of(tokenizer.get_vocab()),
         "special_ids": [int(number) for number in tokenizer.all_special_ids],
         "truncation_side": tokenizer.truncation_side,
         "max_length": min(int(tokenizer.model_max_length), 2**31 - 1),
@@ -148,11 +118,6 @@ def _collator_settings(collator: Any, config: Any, tokenizer: Any) -> dict[str, 
     simple = {name: value for name, value in known.items() if isinstance(value, Scalar)}
     name = getattr(collator, "__qualname__", type(collator).__qualname__)
     return {"class": name, **padding, "settings": simple}
-
-
-def _digest(settings: Mapping[str, Any]) -> str:
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _that_count(config: Mapping[Any, Any]) -> dict[str, Any]:

@@ -33,10 +33,11 @@ from hfshrink.distillation.training.rows import NO_LABELS, STUDENT_WROTE, RowsMi
 from hfshrink.distillation.training.signals import SignalsMixin
 from hfshrink.errors import SettingError
 from hfshrink.loading import infer_task
+from hfshrink.mixins import PublishingMixin
 from hfshrink.modules import accepted_inputs
 
 
-class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin, RowsMixin):
+class DistillationMixin(LanguageMixin, SignalsMixin, AgreementMixin, ItemsMixin, RowsMixin, PublishingMixin):
     """Adds a teacher to a Trainer: put it first, as in `class Mine(DistillationMixin, Seq2SeqTrainer): …`.
 
     The training loss is `label_weight · the student's own loss + Σ weight · part`, every part a mean over the items

@@ -14,7 +14,15 @@ from transformers import Trainer, TrainerCallback
 
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.measurement import Measurement
-from hfshrink.mixins import add_group, counts_tokens, forget_group, is_sharded, read_state, write_state
+from hfshrink.mixins import (
+    PublishingMixin,
+    add_group,
+    counts_tokens,
+    forget_group,
+    is_sharded,
+    read_state,
+    write_state,
+)
 from hfshrink.modules import measure_parameters
 from hfshrink.pruning.training.history import record_training
 from hfshrink.pruning.training.settings import Pruning
@@ -23,13 +31,12 @@ from hfshrink.pruning.training.targets import make_targets
 from hfshrink.pruning.units.cutting import check_cut, check_optimizer, cut_units
 from hfshrink.pruning.units.groups import used_units
 
-_Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 STATE_FILE = "pruning_state.safetensors"  # hidden values, masks, scores and schedule of a run, beside its checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-class PruningMixin(_Trainer):
+class PruningMixin(PublishingMixin):
     """Adds gradual pruning to a Trainer: put it first, as in `class Mine(PruningMixin, Seq2SeqTrainer): …`.
 
     The masks follow the schedule of `pruning` and are applied after every optimizer step. Hidden weights are zeros in

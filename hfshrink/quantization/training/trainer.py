@@ -15,7 +15,15 @@ from transformers import Trainer, TrainerCallback
 
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.measurement import Measurement
-from hfshrink.mixins import add_group, counts_tokens, forget_group, is_sharded, read_state, write_state
+from hfshrink.mixins import (
+    PublishingMixin,
+    add_group,
+    counts_tokens,
+    forget_group,
+    is_sharded,
+    read_state,
+    write_state,
+)
 from hfshrink.modules import measure_parameters
 from hfshrink.quantization.training.folding import fake_quantized, learned_ranges
 from hfshrink.quantization.training.history import record_quantization
@@ -23,13 +31,12 @@ from hfshrink.quantization.training.settings import QAT
 from hfshrink.quantization.training.sites import make_sites
 from hfshrink.quantization.training.state import FakeQuantization
 
-_Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
 STATE_FILE = "quantization_state.safetensors"  # float weights, ranges and scales of a run, beside its checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-class QATMixin(_Trainer):
+class QATMixin(PublishingMixin):
     """Adds quantization-aware training to a Trainer: put it first, as in `class Mine(QATMixin, Seq2SeqTrainer): …`.
 
     Forward passes, also those of evaluations, compute with weights and inputs on their integer grids; gradients go

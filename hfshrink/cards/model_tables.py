@@ -1,0 +1,208 @@
+"""The tables of a model's card: base against compressed, the steps; a number is there or "not measured", never 0."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from hfshrink.cards.rendering import NOT_MEASURED, number, plain, safe_table, settings_text
+from hfshrink.measurement import COMPUTED, Latency, Measurement, Score, megabytes
+from hfshrink.record import CompressionReport
+from hfshrink.terminal import table
+
+HEADER = ("what", "base", "compressed", "change", "how")
+Row = tuple[str, str, str, str, str]
+
+
+def _count(value: float) -> str:
+    return f"{value:,}"
+
+
+SIZES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "parameters": ("parameters", _count),
+    "nonzero_parameters": ("parameters that are not zero", _count),
+    "size_bytes": ("weight files", megabytes),
+    "packed_bytes": ("weight files, entropy-coded", megabytes),
+    "memory_bytes": ("weights when loaded", megabytes),
+    "loaded_bytes": ("growth of memory by loading", megabytes),
+    "peak_memory_bytes": ("peak growth of memory, loading and one pass", megabytes),
+    "macs": ("multiply-accumulates of one example", lambda n: f"{n / 1e6:,.1f} M"),
+    "energy_joules": ("energy of one example", lambda joules: f"{joules:.3f} J"),
+}
+"""field of `Measurement` -> (what the card calls it, how its number is written)."""
+ALWAYS = ("parameters", "size_bytes", "memory_bytes")
+"""Sizes that have a row also where neither model was measured."""
+NO_SCORES = ("score on held-out data", NOT_MEASURED, NOT_MEASURED, "", "")
+NO_TIMES = ("latency", NOT_MEASURED, NOT_MEASURED, "", "")
+
+
+def both_sides(report: CompressionReport) -> tuple[Measurement, Measurement]:
+    """What is known of the base and of the model: the record's measurements, and where they lack a size the steps'.
+
+    Example:
+        >>> from hfshrink.record import StepRecord
+        >>> step = StepRecord("prune", "magnitude", before=Measurement(parameters=8), after=Measurement(parameters=6))
+        >>> base, compressed = both_sides(CompressionReport(steps=(step,), base=Measurement(parameters=9)))
+        >>> base.parameters, compressed.parameters
+        (9, 6)
+    """
+    first, last = (report.steps[0].before, report.steps[-1].after) if report.steps else (Measurement(), Measurement())
+    return first.merged(report.base), last.merged(report.compressed)
+
+
+def compared_table(report: CompressionReport) -> str:
+    """Base against compressed; empty where nothing at all is known of either."""
+    base, compressed = both_sides(report)
+    if base == compressed == Measurement() and not _comparison(report):
+        return ""
+    scores = list(_score_rows(base.scores, compressed.scores)) or [NO_SCORES]
+    times = list(_latency_rows(base.latency, compressed.latency)) or [NO_TIMES]
+    rows = [*scores, *_paired_rows(_comparison(report)), *_size_rows(base, compressed), *times]
+    return safe_table(HEADER, rows)
+
+
+def step_table(report: CompressionReport) -> str:
+    """The steps in their order, each with its settings, its cost and its paper."""
+    rows = [
+        (
+            str(place),
+            plain(step.technique),
+            plain(step.method),
+            plain(settings_text(step.settings) or "defaults"),
+            _change(step.before.parameters, step.after.parameters),
+            number(step.seconds, ".1f"),
+            _papers(plain(step.source)),
+        )
+        for place, step in enumerate(report.steps, start=1)
+    ]
+    return table(("", "step", "method", "settings", "parameters", "seconds", "source"), rows)
+
+
+def training_table(report: CompressionReport) -> str:
+    """The steps that trained: how many examples, for how long."""
+    rows = [
+        (
+            place,
+            step.technique,
+            number(step.results.get("train_examples")),
+            number(step.results.get("steps")),
+            number(training.get("num_train_epochs")),
+            number(training.get("per_device_train_batch_size")),
+            number(training.get("learning_rate"), ".3g"),
+        )
+        for place, step in enumerate(report.steps, start=1)
+        if (training := _training(step.settings))
+    ]
+    return safe_table(("step", "technique", "examples", "optimizer steps", "epochs", "batch", "learning rate"), rows)
+
+
+def _training(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    inner = settings.get("training")
+    found = inner if isinstance(inner, Mapping) else settings
+    return found if "num_train_epochs" in found else {}
+
+
+def _comparison(report: CompressionReport) -> Mapping[str, Any]:
+    found = report.details.get("comparison")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _size_rows(base: Measurement, compressed: Measurement) -> Iterable[Row]:
+    for name, (title, show) in SIZES.items():
+        ours, theirs = getattr(base, name), getattr(compressed, name)
+        if ours is None and theirs is None and name not in ALWAYS:
+            continue
+        how = "computed" if name in COMPUTED else "measured"
+        shown = [NOT_MEASURED if value is None else show(value) for value in (ours, theirs)]
+        if name in ("macs", "energy_joules"):
+            title += _length(compressed if theirs is not None else base)
+        yield title, shown[0], shown[1], _ratio(ours, theirs), "" if ours is None and theirs is None else how
+
+
+def _length(side: Measurement) -> str:
+    return "" if side.sequence_length is None else f" ({side.sequence_length} tokens)"
+
+
+def _score_rows(base: Iterable[Score], compressed: Iterable[Score]) -> Iterable[Row]:
+    ours, theirs = ({_key(score): score for score in side} for side in (base, compressed))
+    for key in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(key), theirs.get(key)
+        values = [None if score is None else score.value for score in (a, b)]
+        shown = [NOT_MEASURED if score is None else str(score) for score in (a, b)]
+        yield (a or b).title, shown[0], shown[1], _difference(*values), "measured"  # type: ignore[union-attr]
+
+
+def _key(score: Score) -> tuple[Any, ...]:
+    return score.metric, score.dataset, score.split, score.examples
+
+
+def _latency_rows(base: Iterable[Latency], compressed: Iterable[Latency]) -> Iterable[Row]:
+    """Ratios only between times of one setting, one runtime and one processor."""
+    ours, theirs = ({_setting(latency): latency for latency in side} for side in (base, compressed))
+    for setting in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(setting), theirs.get(setting)
+        shown = [
+            NOT_MEASURED if side is None else " / ".join(f"{t:.2f}" for t in _times(side)) + " ms" for side in (a, b)
+        ]
+        change = ""
+        if a is not None and b is not None:
+            change = " / ".join(_ratio(*pair) for pair in zip(_times(a), _times(b), strict=True))
+        yield f"p50 / p95 / CPU of one pass ({setting})", shown[0], shown[1], change, "measured"
+
+
+def _times(latency: Latency) -> tuple[float, float, float]:
+    return latency.latency_ms_p50, latency.latency_ms_p95, latency.cpu_ms
+
+
+def _setting(latency: Latency) -> str:
+    length = "" if latency.sequence_length is None else f", {latency.sequence_length} tokens"
+    threads = f"{latency.threads} thread{'s' * (latency.threads != 1)}"
+    return f"batch {latency.batch_size}{length}, {threads}, {latency.runtime}, {latency.device}"
+
+
+def _paired_rows(comparison: Mapping[str, Any]) -> Iterable[Row]:
+    """What `compare` found on the same rows; a is the base."""
+    if not comparison:
+        return
+    examples = comparison.get("examples")
+    where = f" ({number(examples)} rows, paired)" if examples is not None else " (paired)"
+    get = comparison.get
+    if get("difference") is not None:
+        low, high = get("low"), get("high")
+        interval = "" if low is None or high is None else f" [{number(low, '+.4f')}, {number(high, '+.4f')}]"
+        change = number(get("difference"), "+.4f") + interval
+        yield f"{get('metric')}{where}", number(get("a"), ".4f"), number(get("b"), ".4f"), change, "measured"
+    share = get("agreement")
+    agreement = f"{100 * share:.1f} %" if isinstance(share, int | float) else NOT_MEASURED
+    yield f"same answer as the base{where}", "", agreement, "", "measured"
+    worst = get("worst_class")
+    if isinstance(worst, Mapping):
+        a, b = worst.get("recall_a"), worst.get("recall_b")
+        title = f"recall of {worst.get('name')} (the class that falls most)"
+        yield title, number(a, ".4f"), number(b, ".4f"), _difference(a, b), "measured"
+    a, b = get("calibration_error_a"), get("calibration_error_b")
+    if a is not None or b is not None:
+        yield "calibration error, 15 bins", number(a, ".4f"), number(b, ".4f"), _difference(a, b), "measured"
+
+
+def _ratio(base: Any, compressed: Any) -> str:
+    if not isinstance(base, int | float) or not isinstance(compressed, int | float) or base <= 0:
+        return ""
+    return f"{compressed / base:.3g} ×"
+
+
+def _difference(base: Any, compressed: Any) -> str:
+    numbers = isinstance(base, int | float) and isinstance(compressed, int | float)
+    return f"{compressed - base:+.4f}" if numbers else ""
+
+
+def _change(before: int | None, after: int | None) -> str:
+    if after is None:
+        return NOT_MEASURED
+    return _count(after) if before is None or before == after else f"{_count(before)} → {_count(after)}"
+
+
+def _papers(text: str) -> str:
+    """Links to arXiv in a text that is `plain` already."""
+    return re.sub(r"arXiv:(\d{4}\.\d{4,5})(?!\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
