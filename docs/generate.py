@@ -26,7 +26,8 @@ QUANTIZATION = tuple(
         "_executorch",
     )
 )
-FACTORIZATION = tuple(f"factorization{part}" for part in ("", "_language", "_speed"))
+FACTORIZATION = tuple(f"factorization{part}" for part in ("", "_language", "_speed", "_streaming"))
+SELECTION = tuple(f"selection{part}" for part in ("", "_synthesis", "_training", "_dangers", "_scale"))
 
 
 def api_page() -> str:
@@ -99,13 +100,15 @@ def main() -> None:
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     guides = {
-        name: ROOT / "docs" / f"{name}.md" for name in ("distillation", "pruning", "quantization", "factorization")
+        name: ROOT / "docs" / f"{name}.md"
+        for name in ("distillation", "pruning", "quantization", "factorization", "selection")
     }
     texts = {
         "distillation": {"distillation": distillation_summary()},
         "pruning": {name: results(name) for name in PRUNING},
         "quantization": {name: results(name) for name in QUANTIZATION},
         "factorization": {name: results(name) for name in FACTORIZATION},
+        "selection": {name: results(name) for name in SELECTION},
     }
     pages = {
         ROOT / "docs" / "api.md": api_page(),

@@ -119,10 +119,10 @@ def stream_factors(  # noqa: PLR0913
     source's keys. A call that was killed goes on where it stood when it is made again: finished shards wait in a
     hidden folder beside `output_dir`.
 
-    In memory are one output shard and one decomposition in float64: about 6 times the bytes of a float32 weight whose
-    sides are 3 : 1, 8.5 times those of a square one (twice as much for 16 bits), most of it the eigen-decomposition's
-    own. Where an embedding is the largest tensor by far, as in language models, that is less than 4 times the largest
-    tensor; where a factored weight is the largest, it is more.
+    In memory are one output shard, the weight, and the eigen-decomposition of its shorter side k in float64: k²
+    numbers and 2 k² that LAPACK takes beside them. Of a float32 weight whose sides are 2 : 1 that makes 4 times its
+    bytes (as much for longer ones, where the factors count more), of a square one 7 times; twice as much for 16 bits.
+    So 4 times the largest tensor are enough where that is an embedding, or a feed-forward weight of twice the width.
 
     Args:
         source: A folder or Hub id with safetensors of a dense float model.
