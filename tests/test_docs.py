@@ -95,8 +95,23 @@ def test_the_page_on_quantization_runs_from_top_to_bottom(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+def test_the_page_on_selection_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
+    tiny.model("bert").save_pretrained(tmp_path / "path/to/model")
+    tiny.tokenizer().save_pretrained(tmp_path / "path/to/model")
+    monkeypatch.chdir(tmp_path)
+    shared, number = run_snippets("docs/selection.md")
+    assert number == 6
+    assert len(shared["subset"]) == len(shared["hardest"]) == 8
+    assert len(shared["proof"].arms) == 5
+    assert "teacher_logits" in shared["taught"].dataset.column_names
+    assert sorted(shared["few"].dataset["label"]) == [0, 0, 1, 1]
+    assert "equal steps" in (tmp_path / "path/to/subset/README.md").read_text()
+    assert "total variation" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize(("name", "shown"), [("pruning", 3), ("factorization", 4)])
+@pytest.mark.parametrize(("name", "shown"), [("pruning", 3), ("factorization", 4), ("dataset_distillation", 1)])
 def test_the_example_runs(name, shown):
     """On real weights and rows, of which there must be a copy or a package index."""
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick"]
