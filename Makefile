@@ -5,10 +5,10 @@ RUN := $(VENV)/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format bench docs clean
+.PHONY: demo test test-slow lint format bench cards docs clean
 
-demo: $(VENV)/ready  ## The main job on real input: distil a student, quantize it, measure it, write its card
-	$(RUN) examples/quickstart.py $(ARGS)
+demo: $(VENV)/ready  ## The main job on real input: distil a student, quantize it, measure it, write its card, push it
+	$(RUN) examples/quickstart.py --push-to-test-hub $(ARGS)
 
 test: $(VENV)/ready  ## The fast tests
 	OMP_WAIT_POLICY=passive $(RUN) -m pytest -q -n auto -m "not slow and not network and not gpu" $(ARGS)
@@ -49,8 +49,17 @@ bench: $(VENV)/ready  ## The tables of README and docs, measured anew (hours on 
 	$(RUN) benchmarks/quantization_streaming.py
 	$(RUN) benchmarks/quantization_mixed.py
 	$(RUN) benchmarks/quantization_training.py
+	$(RUN) benchmarks/factorization.py
+	$(RUN) benchmarks/factorization_language.py
+	$(RUN) benchmarks/factorization_speed.py --time --cost
+	$(RUN) benchmarks/factorization_streaming.py
+	$(RUN) benchmarks/selection.py
+	$(RUN) benchmarks/selection_synthesis.py
 	$(RUN) benchmarks/read_by_optimum.py runs/main_job/seed-0/int8
 	$(MAKE) docs
+
+cards: $(VENV)/ready  ## model_cards/: records of real runs, and their cards (resumes; ARGS=--render measures nothing)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(RUN) benchmarks/model_cards.py $(ARGS)
 
 docs: $(VENV)/ready  ## docs/api.md from the docstrings, README's table from benchmarks/results
 	$(RUN) docs/generate.py

@@ -24,6 +24,7 @@ from hfshrink.evaluation import measure_latencies
 from hfshrink.measurement import Measurement
 from hfshrink.saving import save_aside
 from hfshrink.terminal import table
+from publishing import push_and_load
 
 LABELS = ("negative", "positive")
 TEACHER = {"num_train_epochs": 2, "learning_rate": 5e-5}
@@ -160,11 +161,12 @@ def plot(measurements, path):
     pyplot.close(figure)
 
 
-def write_card(measurements, folder):
-    """Put both measurements into the record of the int8 model, and render its card from there."""
+def write_card(measurements, compared, folder):
+    """Put the measurements and the comparison into the record of the int8 model, and render its card from there."""
     base, compressed = measurements["teacher, ONNX fp32"], measurements["student, distilled, ONNX int8"]
-    report = dataclasses.replace(hfshrink.report(folder), base=base, compressed=compressed)
-    report.save(folder)
+    report = hfshrink.report(folder)
+    details = {**report.details, "comparison": compared.to_dict()}
+    dataclasses.replace(report, base=base, compressed=compressed, details=details).save(folder)
     title = "MiniLM-L3-movie-reviews-int8"
     known = {"base_model": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0", "language": "en"}
     hfshrink.model_card(folder, model_name=title, **known).save(folder / "README.md")
@@ -175,6 +177,9 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few rows, one epoch: shows that it works, not how well")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--push-to-test-hub", action="store_true", help="push the int8 model to the tests' Hub, load it"
+    )
     options = parser.parse_args()
     if options.quick:
         TEACHER["num_train_epochs"] = STUDENT["num_train_epochs"] = 1
@@ -206,8 +211,12 @@ def main():
         print(f"\n{one} → {other}:\n{hfshrink.compare(found[one][0], found[other][0])}")
     (options.output / "table.md").write_text(text + "\n")
     plot(measurements, options.output / "accuracy-size.png")
-    write_card(measurements, options.output / "int8")
+    compared = hfshrink.compare(found["teacher, ONNX fp32"][0], found["student, distilled, ONNX int8"][0])
+    write_card(measurements, compared, options.output / "int8")
     print()
+    if options.push_to_test_hub:
+        say("push the int8 model to the Hub of the tests, load it by its id in a fresh process")
+        print("pushed: {}\nloaded: {}\n".format(*push_and_load(options.output / "int8")))
     say(f"done. Models, table, plot, and the card (int8/README.md) are in {options.output}/")
 
 

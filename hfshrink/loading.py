@@ -35,8 +35,8 @@ def load(model: Any, task: str | None = None, *, trust_remote_code: bool = False
     The task comes from `config.architectures` and is never guessed. Weights are read from safetensors only.
 
     Args:
-        model: A Hub id, a folder (a model, or an export that `quantize` wrote), or a loaded model or export, which is
-            returned as it is.
+        model: A Hub id or folder (of a model, or of an export that `quantize` wrote), or a loaded model or export,
+            which is returned as it is.
         task: One of `hfshrink.loading.TASKS`; None reads it from the config.
         trust_remote_code: Whether to run code that lies in the checkpoint's repository.
         **kwargs: Go to `from_pretrained`: `dtype`, `device_map`, `revision`, …
@@ -68,8 +68,9 @@ def load(model: Any, task: str | None = None, *, trust_remote_code: bool = False
         return model, find_processor(model)
     _check_folder(model)
     hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
-    if Path(model).is_dir() and (Path(model) / EXPORT_MANIFEST).is_file():
-        loaded = _load_export(Path(model), trust_remote_code, kwargs)
+    manifest = _find_manifest(model, kwargs.get("subfolder", ""), hub)
+    if manifest is not None:
+        loaded = _load_export(model, manifest, trust_remote_code, kwargs)
     else:
         loaded = _load_weights(str(model), task, trust_remote_code, kwargs, hub)
     return loaded, load_processor(model, trust_remote_code, **hub)
@@ -194,16 +195,32 @@ def _check_folder(source: str | Path) -> None:
         )
 
 
-def _load_export(folder: Path, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
+def _find_manifest(source: str | Path, subfolder: str, hub: dict[str, Any]) -> Path | None:
+    """The manifest of an export in a folder or a repository of the Hub; None where weights lie there, or nothing."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        file = Path(source) / subfolder / EXPORT_MANIFEST
+        return file if file.is_file() else None
+    kinds = ("missing_entries", "gated_repo", "connection_errors")
+    quiet = {f"_raise_exceptions_for_{kind}": False for kind in kinds}  # the weights' own errors say more
+    try:
+        found = cached_file(str(source), EXPORT_MANIFEST, subfolder=subfolder, **quiet, **hub)
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
+
+
+def _load_export(source: str | Path, manifest: Path, trust_remote_code: bool, kwargs: dict[str, Any]) -> Any:
     from transformers.exporters import ExportedModel
 
     from hfshrink.generation import ExportedCausalLM, has_cache
 
-    if _export_format(folder) == "openvino":  # left alone it computes in bfloat16 where the processor has it
+    if _export_format(manifest) == "openvino":  # left alone it computes in bfloat16 where the processor has it
         require("openvino", extra="openvino")
         kwargs = {"device": "cpu", "config": {"INFERENCE_PRECISION_HINT": "f32"}, **kwargs}
     try:
-        exported = ExportedModel.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+        exported = ExportedModel.from_pretrained(source, trust_remote_code=trust_remote_code, **kwargs)
         if not has_cache(exported) or len(exported.components) != 1:
             return exported
         parts = (exported.components, exported.export_format, exported.config, exported.generation_config)
@@ -212,21 +229,19 @@ def _load_export(folder: Path, trust_remote_code: bool, kwargs: dict[str, Any]) 
         return decoder
     except TypeError as error:
         if "Unknown kwargs" not in str(error):
-            raise CheckpointError(f"The export in {folder} can't be read: {error}") from error
-        raise SettingError(f"The export in {folder} can't be loaded with these keywords: {error}") from None
+            raise CheckpointError(f"The export in {source} can't be read: {error}") from error
+        raise SettingError(f"The export in {source} can't be loaded with these keywords: {error}") from None
     except Exception as error:  # of the runtimes: protobuf's and ONNX Runtime's have no common parent
         raise CheckpointError(
-            f"The export in {folder} can't be read; it is half-written or corrupt: {error}"
+            f"The export in {source} can't be read; it is half-written or corrupt: {error}"
         ) from error
 
 
-def _export_format(folder: Path) -> Any:
+def _export_format(manifest: Path) -> Any:
     try:
-        return dict(json.loads((folder / EXPORT_MANIFEST).read_text(encoding="utf-8"))).get("export_format")
+        return dict(json.loads(manifest.read_text(encoding="utf-8"))).get("export_format")
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{EXPORT_MANIFEST} in {folder} can't be read; it is half-written or corrupt: {error}"
-        ) from error
+        raise CheckpointError(f"{manifest} can't be read; it is half-written or corrupt: {error}") from error
 
 
 def _load_weights(
@@ -257,13 +272,15 @@ def _load_weights(
 def _check_complete(source: str, model: Any, config: Any, info: dict[str, Any]) -> None:
     """Refuse weights that the checkpoint lacks and that were filled at random, save for a head that was asked for.
 
-    A checkpoint written with parametrized weights lacks them under their plain names.
+    BERT's pooler is a part of such a head: a masked language model is saved without one. A checkpoint written with
+    parametrized weights lacks them under their plain names.
     """
     missing = sorted(info["missing_keys"])
     if not missing:
         return
     own_class = type(model).__name__ in (getattr(config, "architectures", None) or ())
-    head = [name for name in missing if not name.startswith(f"{model.base_model_prefix}.")]
+    base = f"{model.base_model_prefix}."
+    head = [name for name in missing if not name.startswith(base) or name.startswith(f"{base}pooler.")]
     if own_class or len(head) != len(missing):
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({', '.join(missing[:3])}, …), which would be random: it "

@@ -100,7 +100,7 @@ def test_the_page_on_selection_runs_from_top_to_bottom(tmp_path, monkeypatch, ca
     tiny.tokenizer().save_pretrained(tmp_path / "path/to/model")
     monkeypatch.chdir(tmp_path)
     shared, number = run_snippets("docs/selection.md")
-    assert number == 6
+    assert number == 5
     assert len(shared["subset"]) == len(shared["hardest"]) == 8
     assert len(shared["proof"].arms) == 5
     assert "teacher_logits" in shared["taught"].dataset.column_names

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import transformers
 from torch.utils import _pytree as pytree
 
@@ -11,6 +12,8 @@ import tiny
 from hfshrink import load
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.loading import TASKS, infer_task
+from hub.client import work_on
+from hub.server import running_hub
 
 CASES = [
     ("bert", "text-classification", "BertForSequenceClassification"),
@@ -179,6 +182,13 @@ def test_new_head_is_random_and_says_so(tmp_path, caplog):
     assert "classifier.bias, classifier.weight are random until they are trained" in caplog.text
 
 
+def test_pooler_that_a_masked_language_model_lacks_is_a_part_of_the_new_head(tmp_path, caplog):
+    tiny.model("bert", "fill-mask").save_pretrained(tmp_path)
+    model, _ = load(tmp_path, task="text-classification")
+    assert model.bert.pooler is not None
+    assert "bert.pooler.dense.weight, classifier.bias, classifier.weight are random until" in caplog.text
+
+
 def test_weights_that_do_not_fit_their_config(tmp_path):
     tiny.model("bert").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -245,3 +255,21 @@ def test_keywords_of_a_model_are_refused_by_an_export(saved_export):
 def test_no_model_at_all():
     with pytest.raises(SettingError, match="Expected a transformers model.* got list"):
         load([1, 2])
+
+
+def test_an_export_on_the_hub_loads_by_its_id(saved_export, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi, close_session
+
+    with running_hub(tmp_path / "hub") as hub:
+        work_on(hub, monkeypatch, tmp_path / "home")
+        api = HfApi(endpoint=hub.endpoint, token=hub.token)
+        api.create_repo("tester/alone")
+        api.upload_folder(repo_id="tester/alone", folder_path=saved_export)
+        api.upload_folder(repo_id="tester/alone", folder_path=saved_export, path_in_repo="onnx/int8")
+        here = load(saved_export)[0]
+        there, inside = (load("tester/alone", **where)[0] for where in ({}, {"subfolder": "onnx/int8"}))
+        close_session()
+    inputs = {"input_ids": torch.arange(400)[None]}
+    for exported in (there, inside):
+        assert type(exported) is type(here)
+        assert torch.equal(exported(**inputs)["last_hidden_state"], here(**inputs)["last_hidden_state"])
