@@ -295,16 +295,17 @@ def _noise_tables(name, results, maps):
         lines += [_noise_line(f"a trained model, {MAPPED[name]} epochs", maps, r) for r in maps[0]["rankings"]]
     header = ("passes of", "ranking", "right of as many as planted, %", "found at precision 50 %", "at 80 %", "seeds")
     first = table(header, lines)
-    kinds = [("probes", results), ("a trained model", maps)] if maps else [("probes", results)]
+    kinds = [("probes", results), ("trained models", maps)] if maps else [("probes", results)]
     rule = "; ".join(
-        f"{kind}: {ranged(about, 'below_0', 'recall')} % found, {ranged(about, 'below_0', 'precision')} % of them"
+        f"{kind} find {ranged(about, 'below_0', 'recall')} % of the planted; of the rows below 0 "
+        f"{ranged(about, 'below_0', 'precision')} % are planted"
         for kind, about in kinds
     )
     ways = results[0]["accuracy"]
     lines = [(way, *(_regained(results, way, head) for head in ways[way])) for way in ways]
     second = table(("removed", *(f"{head}: accuracy, %, − nothing removed" for head in ways["none"])), lines)
     count = f"{results[0]['planted']:,} of {results[0]['rows']:,} labels are wrong, {len(results)} seeds (range)."
-    below = f"AUM below 0 (share of the planted found, share planted of those found): {rule}."
+    below = f"AUM below 0: {rule}."
     return f"## Wrong labels, {name}: {title}\n\n{count}\n\n{first}\n\n{below}\n\n{second}"
 
 

@@ -39,7 +39,8 @@ def add_soft_labels(subset: Rows, teacher: Any, processor: Any = None, **options
 
     The rows keep their raw columns, such as `text`, beside what the teacher's processor made of them and the answers:
     a student with another tokenizer encodes the text anew, where the answers are one per row (`teacher_logits` of a
-    classifier). Logits are put in the order of the data set's class names where the teacher has the same names.
+    classifier). Logits are put in the order of the data set's class names where the teacher has the same names; a
+    student needs its classes in that order, `report.details["teacher"]["labels"]`.
     Answers of language models are a sample of each position's distribution (`teacher_ids`, `teacher_counts`) or
     what `signal` says.
 

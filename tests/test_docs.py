@@ -32,7 +32,8 @@ def test_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     tiny.tokenizer().save_pretrained(tmp_path / "path/to/teacher")
     monkeypatch.chdir(tmp_path)
     shared, number = run_snippets("README.md")
-    assert number == 7
+    assert number == 8
+    assert len(shared["subset"]) == 3
     assert [step.technique for step in shared["report"]("path/to/int8").steps] == [
         "make_student",
         "distill",

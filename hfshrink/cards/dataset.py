@@ -16,7 +16,7 @@ from hfshrink.cards.dataset_tables import (
 from hfshrink.cards.licences import check_license, known_license, license_sentences
 from hfshrink.cards.merging import marked
 from hfshrink.cards.metadata import is_hub_id
-from hfshrink.cards.rendering import literal, one_line, plain, render, without_folder
+from hfshrink.cards.rendering import as_json, literal, mapping, one_line, plain, render, without_folder
 from hfshrink.errors import CheckpointError, SettingError
 
 INHERITED = (
@@ -96,7 +96,8 @@ def dataset_card(
         raise SettingError(f"repo_id must be a Hub id, namespace/name, got {one_line(repo_id, 120)!r}.")
     percent = f"{100 * data['size'] / data['rows']:.3g}"
     source = str(without_folder(data.get("data") or "data")).rpartition("/")[2]
-    title = one_line(dataset_name or f"{source}-{data.get('used') or data['method']}-{percent}-percent", 100)
+    own = (repo_id or "").rpartition("/")[2]
+    title = one_line(dataset_name or own or f"{source}-{data.get('used') or data['method']}-{percent}-percent", 100)
     card_data = _card_data(data, title, source_card, metadata)
     body = render(
         "dataset_card.md.jinja",
@@ -107,11 +108,11 @@ def dataset_card(
         snippet=_snippet(data, repo_id, with_rows),
         source=_source(data),
         balance=balance_tables(data),
-        coverage=coverage_tables(_details(data, "coverage")),
-        dangers=danger_sentences(data, _details(data, "coverage"), card_data.license),
-        proof=proof_tables(_details(data, "proof")),
+        coverage=coverage_tables(subset_details(data, "coverage")),
+        dangers=danger_sentences(data, subset_details(data, "coverage"), card_data.license),
+        proof=proof_tables(subset_details(data, "proof")),
         licence=license_sentences(card_data, _origin(data), "subset"),
-        versions=plain(", ".join(f"{name} {version}" for name, version in _versions(data)) or "Not recorded."),
+        versions=_versions(data),
     )
     return DatasetCard(f"---\n{card_data.to_yaml()}\n---\n\n{marked(body)}")
 
@@ -131,7 +132,7 @@ def read_report(report: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"The report of a subset must say how many rows were kept of how many, got {size!r} of {rows!r}."
         )
-    return dict(data)
+    return dict(as_json(dict(data)))
 
 
 def _card_data(data: Mapping[str, Any], title: str, source_card: Any, metadata: dict[str, Any]) -> Any:
@@ -139,13 +140,12 @@ def _card_data(data: Mapping[str, Any], title: str, source_card: Any, metadata: 
 
     given = source_card.to_dict() if hasattr(source_card, "to_dict") else source_card or {}
     tags = metadata.pop("tags", None) or ()
-    details = data.get("details")
-    task = details.get("task") if isinstance(details, Mapping) else None
+    task = mapping(data.get("details")).get("task")
     known = {
         "pretty_name": title,
         "size_categories": next((name for bound, name in SIZES if data["size"] < bound), "other"),
         "source_datasets": [data["data"]] if is_hub_id(data.get("data")) else None,
-        "task_categories": [task] if task in TASK_CATEGORIES else None,
+        "task_categories": [task] if isinstance(task, str) and task in TASK_CATEGORIES else None,
         "tags": sorted({"hfshrink", "data-selection", *([tags] if isinstance(tags, str) else tags)}),
     }
     inherited = {name: _clean(given[name]) for name in INHERITED if name in given}
@@ -209,13 +209,11 @@ def _origin(data: Mapping[str, Any]) -> str:
     return plain(without_folder(name) or "the source data")
 
 
-def _details(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    details = data.get("details")
-    found = details.get(name) if isinstance(details, Mapping) else None
-    found = data.get(name) if found is None else found
-    return found if isinstance(found, Mapping) else {}
+def subset_details(report: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The tables of `coverage` or of the proof in a report; empty without."""
+    return mapping(mapping(report.get("details")).get(name) or report.get(name))
 
 
-def _versions(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    versions = data.get("versions")
-    return [(str(key), str(value)) for key, value in versions.items()] if isinstance(versions, Mapping) else []
+def _versions(data: Mapping[str, Any]) -> str:
+    versions = mapping(data.get("versions"))
+    return plain(", ".join(f"{name} {version}" for name, version in versions.items()) or "Not recorded.", 1000)

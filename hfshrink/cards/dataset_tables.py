@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hfshrink.cards.rendering import NOT_MEASURED, number, plain, safe_table, settings_text, without_folder
+from hfshrink.cards.rendering import (
+    MOST_ROWS,
+    NOT_MEASURED,
+    NOT_RECORDED,
+    and_more,
+    is_number,
+    mapping,
+    mappings,
+    number,
+    plain,
+    safe_table,
+    settings_text,
+    without_folder,
+)
 
-NOT_RECORDED = "not recorded"
-MOST_ROWS = 50  # of one table
-WORST_GROUPS = 20
+WORST_GROUPS = 10
 UNKNOWN_LICENSES = (None, "unknown")
 
 
@@ -20,7 +31,7 @@ def subset_sentence(report: Mapping[str, Any]) -> str:
     method = plain(report.get("used") or report["method"])
     share = f"{100 * report['size'] / report['rows']:.3g}"
     kept = f"{report['size']:,} of the {report['rows']:,} rows ({share} %)"
-    return f"{kept} of {name}{split}, picked by hfshrink: {method}."
+    return f"{kept} of {name}{split}, picked by hfshrink with the method {method}."
 
 
 def fact_table(report: Mapping[str, Any]) -> str:
@@ -37,9 +48,9 @@ def fact_table(report: Mapping[str, Any]) -> str:
         "source data": without_folder(report.get("data")) or NOT_RECORDED,
         "split": report.get("split") or NOT_RECORDED,
         "revision": report.get("revision") or NOT_RECORDED,
-        "content of the source's columns": settings_text(report.get("columns")) or NOT_RECORDED,
+        "fingerprints of the source's columns": settings_text(report.get("columns")) or NOT_RECORDED,
         "exact duplicates in the source": _duplicates(report.get("duplicates")),
-        "rows also in the held-out data": number(_mapping(report.get("held_out")).get("overlap")),
+        "rows also in the held-out data": number(mapping(report.get("held_out")).get("overlap")),
         "seconds": _seconds(report.get("seconds")),
     }
     return safe_table(("what", "value"), [(name, fact) for name, fact in facts.items() if fact is not None])
@@ -48,7 +59,7 @@ def fact_table(report: Mapping[str, Any]) -> str:
 def balance_tables(report: Mapping[str, Any]) -> list[str]:
     """Rows of each class, full against kept: one table for each column."""
     columns: dict[str, list[Mapping[str, Any]]] = {}
-    for share in _mappings(report.get("balance")):
+    for share in mappings(report.get("balance")):
         columns.setdefault(str(share.get("column", "class")), []).append(share)
     tables = []
     for column, shares in columns.items():
@@ -65,13 +76,13 @@ def balance_tables(report: Mapping[str, Any]) -> list[str]:
             for share in shares[:MOST_ROWS]
         ]
         header = (column, "full data", "share", "subset", "share", "kept")
-        tables.append(safe_table(header, rows) + _more(len(shares) - MOST_ROWS, "classes"))
+        tables.append(safe_table(header, rows) + and_more(len(shares), MOST_ROWS, "classes"))
     return tables
 
 
 def coverage_tables(coverage: Mapping[str, Any]) -> list[str]:
     """What is kept of the groups, how far the distributions are apart, and the distances in embedding space."""
-    parts = _mappings(coverage.get("partitions"))
+    parts = mappings(coverage.get("partitions"))
     rows = [
         (
             part.get("by"),
@@ -80,15 +91,17 @@ def coverage_tables(coverage: Mapping[str, Any]) -> list[str]:
             number(part.get("expected_lost"), ".1f"),
             f"{number(part.get('total_variation'), '.3f')} ({number(part.get('expected_variation'), '.3f')})",
             number(part.get("chi_squared"), ".1f"),
-            number(part.get("p_value"), ".2g"),
+            "too few rows"  # for the test to hold
+            if part.get("p_value") is None and is_number(part.get("chi_squared"))
+            else number(part.get("p_value"), ".2g"),
         )
         for part in parts[:MOST_ROWS]
     ]
     header = ("divided by", "groups", "lost (rows)", "lost by chance", "total variation (by chance)", "χ²", "p")
     tables = [
         safe_table(header, rows),
-        _worst_groups(parts),
-        _radius_table(_mapping(coverage.get("radius")), coverage),
+        _worst_groups(parts, mapping(coverage.get("thresholds")).get("min_rows")),
+        _radius_table(mapping(coverage.get("radius")), coverage),
     ]
     return [part for part in tables if part]
 
@@ -105,10 +118,10 @@ def danger_sentences(report: Mapping[str, Any], coverage: Mapping[str, Any], lic
         found.append(f"Thresholds of the warnings: {plain(thresholds, 1000)}.")
     found += [f"Not measured: {plain(text, 1000)}" for text in _texts(coverage.get("notes"))]
     found += [plain(text, 1000) for text in _texts(report.get("notes"))]
-    conflicting = _count(_mapping(report.get("duplicates")).get("conflicting"))
+    conflicting = _count(mapping(report.get("duplicates")).get("conflicting"))
     if conflicting:
         found.append(f"{conflicting:,} rows say the same as another row with another label.")
-    overlap = _count(_mapping(report.get("held_out")).get("overlap"))
+    overlap = _count(mapping(report.get("held_out")).get("overlap"))
     if overlap:
         found.append(f"{overlap:,} rows of the full data are also in the held-out data: scores on it are too good.")
     if license_name in UNKNOWN_LICENSES:
@@ -121,13 +134,13 @@ def proof_tables(proof: Mapping[str, Any]) -> list[str]:
 
     Of another proof its lists of results are tables, its single values one more, its texts lines.
     """
-    arms = [arm for arm in _mappings(proof.get("arms")) if isinstance(arm.get("test"), Mapping)]
+    arms = [arm for arm in mappings(proof.get("arms")) if isinstance(arm.get("test"), Mapping)]
     if arms:
         return _trained_tables(proof, arms)
     single = {name: value for name, value in proof.items() if value is None or isinstance(value, str | int | float)}
     parts = [safe_table(("what", "value"), [(_title(name), number(value)) for name, value in single.items()])]
     for name, value in proof.items():
-        results = _mappings(value)
+        results = mappings(value)
         if results:
             parts.append(f"**{plain(_title(name))}**\n\n{_result_table(results)}")
         parts += [plain(text, 1000) for text in _texts(value)]
@@ -146,15 +159,15 @@ def _trained_tables(proof: Mapping[str, Any], arms: Sequence[Mapping[str, Any]])
             number(item.get("difference"), "+.4f"),
             item.get("verdict") or NOT_MEASURED,
         )
-        for item in _mappings(proof.get("differences"))[:MOST_ROWS]
+        for item in mappings(proof.get("differences"))[:MOST_ROWS]
     ]
     compared = safe_table(("difference", "metric", "value [95 % interval]", "the interval says"), differences)
-    parts = [_proof_facts(proof), safe_table(header, rows) + _more(len(arms) - MOST_ROWS, "arms"), compared]
+    parts = [_proof_facts(proof), safe_table(header, rows) + and_more(len(arms), MOST_ROWS, "arms"), compared]
     return [part for part in [*parts, *(plain(text, 1000) for text in _texts(proof.get("notes")))] if part]
 
 
 def _arm_cells(arm: Mapping[str, Any], outside: bool) -> Iterable[str]:
-    test, other = _mapping(arm.get("test")), _mapping(arm.get("out_of_distribution"))
+    test, other = mapping(arm.get("test")), mapping(arm.get("out_of_distribution"))
     equal = f", equal {arm['equal']}" if arm.get("equal") else ""
     yield f"{arm.get('data')}{equal}"
     yield from (number(arm.get(name), form) for name, form in (("rows", ""), ("epochs", ".3g"), ("steps", "")))
@@ -181,7 +194,7 @@ def _proof_facts(proof: Mapping[str, Any]) -> str:
 
 
 def _held_out(facts: Any) -> str:
-    facts = _mapping(facts)
+    facts = mapping(facts)
     name = f" of {without_folder(facts['name'])}" if facts.get("name") else ""
     removed = f", {number(facts['removed'])} training rows among them left out" if _count(facts.get("removed")) else ""
     return f"{number(facts.get('rows'))}{name}{removed}" if facts else ""
@@ -190,22 +203,25 @@ def _held_out(facts: Any) -> str:
 def _result_table(results: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for result in results for name in result))
     rows = [[number(result.get(name), ".4f") for name in names] for result in results[:MOST_ROWS]]
-    return safe_table([_title(name) for name in names], rows) + _more(len(results) - MOST_ROWS, "rows")
+    return safe_table([_title(name) for name in names], rows) + and_more(len(results), MOST_ROWS, "rows")
 
 
-def _worst_groups(parts: Sequence[Mapping[str, Any]]) -> str:
+def _worst_groups(parts: Sequence[Mapping[str, Any]], least: Any) -> str:
+    """Those of at least as many rows as a warning needs: that a group of one row was lost says nothing."""
+    least = _count(least)
     groups = [
         (part.get("by"), group)
         for part in parts
-        for group in _mappings(part.get("groups"))
-        if isinstance(group.get("ratio"), int | float)
+        for group in mappings(part.get("groups"))
+        if is_number(group.get("ratio")) and _count(group.get("rows")) >= least
     ]
     groups.sort(key=lambda pair: (pair[1]["ratio"], -_count(pair[1].get("rows"))))
     rows = [
         (by, group.get("name"), number(group.get("rows")), number(group.get("kept")), number(group["ratio"], ".2f"))
         for by, group in groups[:WORST_GROUPS]
     ]
-    return safe_table(("divided by", "least kept groups", "full data", "subset", "kept / overall share"), rows)
+    title = "least kept groups" + (f", of {least:,} rows or more" if least else "")
+    return safe_table(("divided by", title, "full data", "subset", "kept / overall share"), rows)
 
 
 def _radius_table(radius: Mapping[str, Any], coverage: Mapping[str, Any]) -> str:
@@ -220,7 +236,7 @@ def _radius_table(radius: Mapping[str, Any], coverage: Mapping[str, Any]) -> str
 
 
 def _duplicates(found: Any) -> str:
-    found = _mapping(found)
+    found = mapping(found)
     if found.get("rows") is None:
         return NOT_MEASURED
     removed = found.get("removed")
@@ -228,7 +244,7 @@ def _duplicates(found: Any) -> str:
 
 
 def _seconds(seconds: Any) -> str:
-    return ", ".join(f"{stage} {number(time, '.1f')}" for stage, time in _mapping(seconds).items()) or NOT_MEASURED
+    return ", ".join(f"{stage} {number(time, '.1f')}" for stage, time in mapping(seconds).items()) or NOT_MEASURED
 
 
 def _joined(*parts: Any) -> str:
@@ -239,24 +255,12 @@ def _title(name: Any) -> str:
     return str(name).replace("_", " ")
 
 
-def _more(count: int, what: str) -> str:
-    return f"\n\nand {count:,} more {what}." if count > 0 else ""
-
-
 def _percent(part: Any, whole: Any) -> str:
     return NOT_MEASURED if not _count(whole) or part is None else f"{100 * _count(part) / _count(whole):.1f} %"
 
 
 def _count(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else 0
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _mappings(value: Any) -> list[Mapping[str, Any]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
 
 
 def _texts(value: Any) -> Iterable[str]:

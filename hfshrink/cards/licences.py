@@ -89,7 +89,10 @@ def license_sentences(data: Any, origin: str, thing: str = "model") -> list[str]
         ]
     names = ", ".join(plain(one) for one in (name if isinstance(name, list | tuple) else [name]))
     if is_permissive(name):
-        return [f"{names}. The licence of {origin} must allow it."]
+        return [
+            f"This {thing} is under {names}. It derives from {origin}, whose licence must allow that: name its "
+            "authors when you pass it on."
+        ]
     link, title = str(data.get("license_link") or ""), data.get("license_name")
     found = [
         f"**{names} is not among the permissive licences.** This {thing} is derived work: what the licence of "

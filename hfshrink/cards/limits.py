@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
-from hfshrink.cards.model_tables import both_sides
-from hfshrink.cards.rendering import number, plain, safe_table
+from hfshrink.cards.model_tables import both_sides, many_zeros
+from hfshrink.cards.rendering import MOST_ROWS, is_number, mapping, mappings, number, plain, safe_table
 from hfshrink.record import CompressionReport, StepRecord
 
-MANY_ZEROS = 0.01  # share of zeros from which on the reader may think that they save space
+MOST_REASONS = 10  # of one step
 SHOWN_MODULES = 5
 SHOWN_GROUPS = 20
 NOT_COMPARED = (
@@ -20,10 +20,12 @@ NO_GROUPS = "Not measured by group of rows: a rare group may have lost more than
 
 def limit_sentences(report: CompressionReport) -> list[str]:
     """What a user should know before trusting the model."""
-    found = [*_flips(_mapping(report.details.get("comparison"))), *_groups(report), *_zeros(report)]
+    found = [*_flips(mapping(report.details.get("comparison"))), *_groups(report), *_zeros(report)]
     for step in report.steps:
         found += [*_parity(step), *_skipped(step), *_vocabulary(step), *_notes(step)]
-    return list(dict.fromkeys(found))
+    found = list(dict.fromkeys(found))
+    more = [f"And {len(found) - MOST_ROWS:,} more sentences of the record."] if len(found) > MOST_ROWS else []
+    return found[:MOST_ROWS] + more
 
 
 def group_table(report: CompressionReport) -> str:
@@ -37,8 +39,7 @@ def group_table(report: CompressionReport) -> str:
 
 def _listed(report: CompressionReport) -> list[Mapping[str, Any]]:
     groups = report.details.get("groups")
-    listed = groups.get("groups") if isinstance(groups, Mapping) else groups
-    return [group for group in listed if isinstance(group, Mapping)] if isinstance(listed, list | tuple) else []
+    return mappings(groups.get("groups") if isinstance(groups, Mapping) else groups)
 
 
 def _flips(comparison: Mapping[str, Any]) -> Iterable[str]:
@@ -46,21 +47,21 @@ def _flips(comparison: Mapping[str, Any]) -> Iterable[str]:
         yield NOT_COMPARED
         return
     wrong, right, rows = (comparison.get(name) for name in ("right_to_wrong", "wrong_to_right", "examples"))
-    if _is_number(wrong) and _is_number(right) and _is_number(rows) and rows:
+    if is_number(wrong) and is_number(right) and is_number(rows) and rows:
         p = comparison.get("mcnemar_p")
-        test = f"; McNemar's exact p {number(p, '.3g')}" if _is_number(p) else ""
+        test = f"; McNemar's exact p {number(p, '.3g')}" if is_number(p) else ""
         yield (
             f"Of {number(rows)} rows, {number(wrong)} ({100 * wrong / rows:.1f} %) that the base got right are wrong "
             f"now, and {number(right)} the other way round{test}."
         )
-    worst = _mapping(comparison.get("worst_class"))
+    worst = mapping(comparison.get("worst_class"))
     before, after = worst.get("recall_a"), worst.get("recall_b")
-    if _is_number(before) and _is_number(after) and after < before:
+    if is_number(before) and is_number(after) and after < before:
         yield f"The class {plain(worst.get('name'))} lost most: its recall fell from {before:.4f} to {after:.4f}."
     low, high = comparison.get("low"), comparison.get("high")
-    if _is_number(high) and high < 0:
+    if is_number(high) and high < 0:
         yield f"{plain(comparison.get('metric'))} fell beyond chance: the 95 % interval ends at {high:+.4f}."
-    elif _is_number(low) and _is_number(high) and low < 0:
+    elif is_number(low) and is_number(high) and low < 0:
         yield f"The sample can't rule out a fall of {plain(comparison.get('metric'))} by {-low:.4f}."
 
 
@@ -69,28 +70,27 @@ def _groups(report: CompressionReport) -> Iterable[str]:
     if not listed:
         yield NO_GROUPS
         return
-    mean, worst = _mapping(report.details.get("groups")).get("mean"), listed[0]
-    if _is_number(mean) and _is_number(worst.get("value")):
+    mean, worst = mapping(report.details.get("groups")).get("mean"), listed[0]
+    if is_number(mean) and is_number(worst.get("value")):
         name, score = plain(worst.get("name")), plain(number(worst, ".4f"))
         yield f"The worst group is {name}: {score} against {mean:.4f} of all rows."
 
 
 def _zeros(report: CompressionReport) -> Iterable[str]:
-    compressed = both_sides(report)[1]
-    total, filled = compressed.parameters, compressed.nonzero_parameters
-    if total and filled is not None and 1 - filled / total >= MANY_ZEROS:
+    share = many_zeros(both_sides(report)[1])
+    if share is not None:
         yield (
-            f"{100 * (1 - filled / total):.1f} % of the parameters are zero but stored as numbers: zeros in dense "
-            "tensors make neither the files nor the forward pass smaller."
+            f"{100 * share:.1f} % of the parameters are zero but stored as numbers: zeros in dense tensors make "
+            "neither the files nor the forward pass smaller."
         )
 
 
 def _parity(step: StepRecord) -> Iterable[str]:
-    parity = _mapping(step.results.get("parity"))
-    if not _is_number(parity.get("max_difference")):
+    parity = mapping(step.results.get("parity"))
+    if not is_number(parity.get("max_difference")):
         return
     same = parity.get("agreement")
-    agreement = f", same answer in {100 * same:.1f} % of cases" if _is_number(same) else ""
+    agreement = f", same answer in {100 * same:.1f} % of cases" if is_number(same) else ""
     yield (
         f"{plain(step.method)} against the float model on {plain(number(parity.get('rows')))} "
         f"{plain(parity.get('inputs'))}: largest difference of an output {parity['max_difference']:.3g}{agreement}."
@@ -101,15 +101,15 @@ def _skipped(step: StepRecord) -> Iterable[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in step.skipped.items():
         reasons.setdefault(str(reason).partition(":")[0], []).append(str(name))  # behind it the module's own numbers
-    for reason, names in reasons.items():
+    for reason, names in list(reasons.items())[:MOST_REASONS]:
         shown = ", ".join(plain(name) for name in names[:SHOWN_MODULES])
         more = f" and {len(names) - SHOWN_MODULES:,} more" if len(names) > SHOWN_MODULES else ""
-        yield f"Left as before by {plain(step.technique)} ({plain(reason)}): {shown}{more}."
+        yield f"{plain(step.technique)} left as it was ({plain(reason)}): {shown}{more}."
 
 
 def _vocabulary(step: StepRecord) -> Iterable[str]:
     share = step.results.get("covered_share")
-    if _is_number(share):
+    if is_number(share):
         kept = number(step.results.get("vocabulary_after"))
         yield (
             f"The {plain(kept)} tokens kept cover {100 * share:.2f} % of those in the corpus; other words are spelled "
@@ -120,14 +120,6 @@ def _vocabulary(step: StepRecord) -> Iterable[str]:
 def _notes(step: StepRecord) -> Iterable[str]:
     for name in ("note", "notes", "warnings"):
         found = step.results.get(name)
-        for text in [found] if isinstance(found, str) else found if isinstance(found, list | tuple) else ():
+        for text in [found] if isinstance(found, str) else found[:MOST_ROWS] if isinstance(found, list) else ():
             if isinstance(text, str) and text:
                 yield f"{plain(step.technique)}: {plain(text, 1000)}"
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -26,6 +26,8 @@ TAGS = {
     "cluster": "clustered",
 }
 """technique -> the tag that the Hub's users look for."""
+LIBRARIES = {**EXPORTS, "layer-map": "hfshrink"}
+"""tier -> the library without which the model does not load, where transformers is not enough."""
 INHERITED = ("license", "license_name", "license_link", "language")
 """Fields that a compressed model takes over from its base's card."""
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -63,7 +65,7 @@ def model_card_data(report: CompressionReport, title: str, tier: str, base_card:
     known: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": _relation(report) if base else None,
-        "library_name": EXPORTS.get(tier, "transformers"),
+        "library_name": LIBRARIES.get(tier, "transformers"),
         "pipeline_tag": _line(report.details.get("task")),
         "datasets": training_datasets(report) or None,
         "metrics": sorted({_line(score.metric) for score in report.compressed.scores}) or None,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfshrink.cards.dataset import read_report as read_subset
+from hfshrink.cards.dataset import subset_details
 from hfshrink.cards.dataset_tables import (
     balance_tables,
     coverage_tables,
@@ -22,9 +22,10 @@ from hfshrink.cards.limits import group_table, limit_sentences
 from hfshrink.cards.merging import marked
 from hfshrink.cards.metadata import is_hub_id, model_card_data, training_datasets
 from hfshrink.cards.model_tables import compared_table, step_table, training_table
+from hfshrink.cards.opening import base_links, made_title, opening_sentence
 from hfshrink.cards.plots import read_plots
-from hfshrink.cards.rendering import one_line, plain, render, without_folder
-from hfshrink.cards.reproduce import fingerprint_table, recipe_yaml, version_sentences
+from hfshrink.cards.rendering import as_json, one_line, plain, render
+from hfshrink.cards.reproduce import fingerprint_table, recipe_note, recipe_yaml, version_sentences
 from hfshrink.cards.snippets import EXPORTS, TIERS, export_snippets, infer_tier, load_snippet, read_tier
 from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.loading import infer_task
@@ -48,7 +49,8 @@ def model_card(
 
     Args:
         report: A `CompressionReport`, or a model, export, folder or Hub id that holds one.
-        model_name: Title of the card and of the model index; None takes the base model's name.
+        model_name: Title of the card and of the model index; None takes the repository's name, else one from the
+            base model's and the steps.
         repo_id: The Hub id that the snippets load; None leaves a path to fill in.
         base_card: The base model's `ModelCardData`, or a mapping of its fields: licence and language are inherited.
         tier: How the model is stored, one of `hfshrink.cards.snippets.TIERS`; None reads it from the model's config,
@@ -81,13 +83,13 @@ def model_card(
     if repo_id is not None and not is_hub_id(repo_id):
         raise SettingError(f"repo_id must be a Hub id, namespace/name, got {one_line(repo_id, 120)!r}.")
     tier = _check_tier(tier or stored or infer_tier(record))
-    title = one_line(model_name or _title(record), 96)
+    title = one_line(model_name or (repo_id or "").rpartition("/")[2] or made_title(record), 96)
     data = model_card_data(record, title, tier, base_card, metadata)
     task = str(data.get("pipeline_tag") or "")
     body = render(
         "model_card.md.jinja",
         title=title,
-        sentence=_sentence(record, data),
+        sentence=opening_sentence(record, data),
         comparison=compared_table(record),
         plots=read_plots(record.details.get("plots") if plots is None else plots),
         steps=step_table(record),
@@ -97,8 +99,9 @@ def model_card(
         subset=_subset_parts(record),
         limits=limit_sentences(record),
         groups=group_table(record),
-        licence=license_sentences(data, _origin(data)),
+        licence=license_sentences(data, base_links(data) or "the base model"),
         recipe=recipe_yaml(record),
+        recipe_note=recipe_note(record),
         fingerprints=fingerprint_table(record),
         versions=version_sentences(record),
     )
@@ -118,8 +121,7 @@ def _read(report: Any) -> tuple[CompressionReport, str | None]:
         )
     if "task" not in record.details and (task := _task(config)):
         record = dataclasses.replace(record, details={**record.details, "task": task})
-    # In the order of config.json: a card made in memory and one made from the stored record are the same.
-    record = CompressionReport.from_dict(json.loads(json.dumps(record.to_dict(), sort_keys=True, default=str)))
+    record = CompressionReport.from_dict(as_json(record.to_dict(), sort_keys=True))
     return record, None if infer_tier(record) in EXPORTS else read_tier(config)
 
 
@@ -138,32 +140,6 @@ def _check_tier(tier: str) -> str:
     return tier
 
 
-def _title(record: CompressionReport) -> str:
-    base = str(without_folder(record.base_model) or "model").rpartition("/")[2]
-    return f"{base or 'model'}-{record.steps[-1].method}"
-
-
-def _sentence(record: CompressionReport, data: Any) -> str:
-    """What the model is, in one sentence."""
-    name = record.base_model
-    base = _origin(data) if data.get("base_model") else plain(without_folder(name) or "A model")
-    if name and data.get("base_model") and name not in _bases(data):  # a name that the steps took from a folder
-        base = f"{plain(without_folder(name))}, which comes from {base}, was"
-    steps = ", then ".join(f"{plain(step.technique)} ({plain(step.method)})" for step in record.steps)
-    task = record.details.get("task")
-    return f"{base} made smaller with hfshrink: {steps}." + (f" It is for {plain(task)}." if task else "")
-
-
-def _bases(data: Any) -> list[str]:
-    names = data.get("base_model") or []
-    return [names] if isinstance(names, str) else names
-
-
-def _origin(data: Any) -> str:
-    names = [f"[{plain(name)}](https://huggingface.co/{name})" for name in _bases(data)]
-    return ", ".join(names) or "the base model"
-
-
 def _subset_parts(record: CompressionReport) -> list[str]:
     """The tables of the subset that the model was trained on; empty without, a sentence where they can't be read."""
     details = record.details.get("subset")
@@ -173,9 +149,7 @@ def _subset_parts(record: CompressionReport) -> list[str]:
         subset = read_subset(details)
     except CheckpointError as error:
         return [f"The record of the subset can't be read: {plain(error)}"]
-    found = subset.get("details")
-    found = found if isinstance(found, Mapping) else {}
-    coverage, proof = ({**value} if isinstance(value := found.get(n), Mapping) else {} for n in ("coverage", "proof"))
+    coverage, proof = (subset_details(subset, name) for name in ("coverage", "proof"))
     dangers = danger_sentences(subset, coverage, subset.get("license"))
     parts = [subset_sentence(subset), fact_table(subset), *balance_tables(subset), *coverage_tables(coverage)]
     parts += ["Dangers of the subset:", "\n".join(f"- {danger}" for danger in dangers), *proof_tables(proof)]

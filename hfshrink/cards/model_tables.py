@@ -6,9 +6,21 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from hfshrink.cards.rendering import NOT_MEASURED, number, plain, safe_table, settings_text
+from hfshrink.cards.rendering import (
+    MOST_ROWS,
+    NOT_MEASURED,
+    NOT_RECORDED,
+    and_more,
+    is_number,
+    mapping,
+    number,
+    plain,
+    safe_table,
+    settings_text,
+)
+from hfshrink.cards.reproduce import METHOD_KEYWORDS, TRAINING, UNSET, training_of, training_runs
 from hfshrink.measurement import COMPUTED, Latency, Measurement, Score, megabytes
-from hfshrink.record import CompressionReport
+from hfshrink.record import CompressionReport, StepRecord
 from hfshrink.terminal import table
 
 HEADER = ("what", "base", "compressed", "change", "how")
@@ -24,16 +36,16 @@ SIZES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "nonzero_parameters": ("parameters that are not zero", _count),
     "size_bytes": ("weight files", megabytes),
     "packed_bytes": ("weight files, entropy-coded", megabytes),
-    "memory_bytes": ("weights when loaded", megabytes),
-    "loaded_bytes": ("growth of memory by loading", megabytes),
-    "peak_memory_bytes": ("peak growth of memory, loading and one pass", megabytes),
+    "memory_bytes": ("weights in memory", megabytes),
+    "loaded_bytes": ("memory that loading takes", megabytes),
+    "peak_memory_bytes": ("memory that loading and one pass take at most", megabytes),
     "macs": ("multiply-accumulates of one example", lambda n: f"{n / 1e6:,.1f} M"),
     "energy_joules": ("energy of one example", lambda joules: f"{joules:.3f} J"),
 }
 """field of `Measurement` -> (what the card calls it, how its number is written)."""
-ALWAYS = ("parameters", "size_bytes", "memory_bytes")
-"""Sizes that have a row also where neither model was measured."""
+MANY_ZEROS = 0.01  # share of zeros from which on the reader may think that they save space
 NO_SCORES = ("score on held-out data", NOT_MEASURED, NOT_MEASURED, "", "")
+NO_MEMORY = ("memory when loaded", NOT_MEASURED, NOT_MEASURED, "", "")
 NO_TIMES = ("latency", NOT_MEASURED, NOT_MEASURED, "", "")
 
 
@@ -58,8 +70,22 @@ def compared_table(report: CompressionReport) -> str:
         return ""
     scores = list(_score_rows(base.scores, compressed.scores)) or [NO_SCORES]
     times = list(_latency_rows(base.latency, compressed.latency)) or [NO_TIMES]
-    rows = [*scores, *_paired_rows(_comparison(report)), *_size_rows(base, compressed), *times]
-    return safe_table(HEADER, rows)
+    parts = [scores, [*_paired_rows(_comparison(report))], [*_size_rows(base, compressed)], times]
+    found = sum(max(0, len(part) - MOST_ROWS) for part in parts)
+    return safe_table(HEADER, [row for part in parts for row in part[:MOST_ROWS]]) + and_more(found, 0, "rows")
+
+
+def many_zeros(side: Measurement) -> float | None:
+    """The share of zeros among the parameters where it is worth telling.
+
+    Example:
+        >>> many_zeros(Measurement(parameters=10, nonzero_parameters=4)), many_zeros(Measurement(parameters=10))
+        (0.6, None)
+    """
+    if not side.parameters or side.nonzero_parameters is None:
+        return None
+    share = 1 - side.nonzero_parameters / side.parameters
+    return share if share >= MANY_ZEROS else None
 
 
 def step_table(report: CompressionReport) -> str:
@@ -69,55 +95,70 @@ def step_table(report: CompressionReport) -> str:
             str(place),
             plain(step.technique),
             plain(step.method),
-            plain(settings_text(step.settings) or "defaults"),
+            plain(_settings(step) or "defaults"),
             _change(step.before.parameters, step.after.parameters),
             number(step.seconds, ".1f"),
             _papers(plain(step.source)),
         )
-        for place, step in enumerate(report.steps, start=1)
+        for place, step in enumerate(report.steps[:MOST_ROWS], start=1)
     ]
-    return table(("", "step", "method", "settings", "parameters", "seconds", "source"), rows)
+    header = ("", "step", "method", "settings", "parameters", "seconds", "source")
+    return table(header, rows) + and_more(len(report.steps), MOST_ROWS, "steps")
+
+
+def _settings(step: StepRecord) -> str:
+    """Those that the table of the training and the step's method don't tell."""
+    told = {"training", METHOD_KEYWORDS.get(step.technique), *(TRAINING if training_of(step) else ())} - {"seed"}
+    known = {name: value for name, value in step.settings.items() if name not in told}
+    return settings_text({name: value for name, value in known.items() if value not in (None, UNSET.get(name))})
 
 
 def training_table(report: CompressionReport) -> str:
-    """The steps that trained: how many examples, for how long."""
-    rows = [
-        (
-            place,
-            step.technique,
-            number(step.results.get("train_examples")),
-            number(step.results.get("steps")),
-            number(training.get("num_train_epochs")),
-            number(training.get("per_device_train_batch_size")),
-            number(training.get("learning_rate"), ".3g"),
-        )
-        for place, step in enumerate(report.steps, start=1)
-        if (training := _training(step.settings))
-    ]
-    return safe_table(("step", "technique", "examples", "optimizer steps", "epochs", "batch", "learning rate"), rows)
+    """What was trained, one row for each run: how many examples, for how long."""
+    rows, place = [], 1
+    for run in training_runs(report):
+        places = range(place, place := place + len(run))
+        if training := training_of(run[0]):
+            rows.append(_training_row(", ".join(map(str, places)), run, training))
+    header = ("step", "technique", "examples", "optimizer steps", "epochs", "batch per device", "learning rate")
+    return safe_table(header, rows[:MOST_ROWS]) + and_more(len(rows), MOST_ROWS, "runs")
 
 
-def _training(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = settings.get("training")
-    found = inner if isinstance(inner, Mapping) else settings
-    return found if "num_train_epochs" in found else {}
+def _training_row(places: str, run: list[StepRecord], training: Mapping[str, Any]) -> tuple[str, ...]:
+    results: dict[str, Any] = {name: value for step in run for name, value in step.results.items()}
+    facts = (
+        (results.get("train_examples"), ""),
+        (results.get("steps", training.get("max_steps")), ""),
+        ("set by steps" if "max_steps" in training else training.get("num_train_epochs"), ""),
+        (training.get("per_device_train_batch_size"), ""),
+        (training.get("learning_rate"), ".3g"),
+    )
+    shown = [NOT_RECORDED if value is None else number(value, form) for value, form in facts]
+    accumulated = training.get("gradient_accumulation_steps")
+    shown[3] += f" × {number(accumulated)}" if accumulated is not None else ""
+    return (places, ", ".join(step.technique for step in run), *shown)
 
 
 def _comparison(report: CompressionReport) -> Mapping[str, Any]:
-    found = report.details.get("comparison")
-    return found if isinstance(found, Mapping) else {}
+    return mapping(report.details.get("comparison"))
 
 
 def _size_rows(base: Measurement, compressed: Measurement) -> Iterable[Row]:
     for name, (title, show) in SIZES.items():
         ours, theirs = getattr(base, name), getattr(compressed, name)
-        if ours is None and theirs is None and name not in ALWAYS:
+        if name == "nonzero_parameters" and many_zeros(base) is many_zeros(compressed) is None:
+            continue
+        if ours is None and theirs is None:
+            if name in ("parameters", "size_bytes"):
+                yield title, NOT_MEASURED, NOT_MEASURED, "", ""
             continue
         how = "computed" if name in COMPUTED else "measured"
         shown = [NOT_MEASURED if value is None else show(value) for value in (ours, theirs)]
         if name in ("macs", "energy_joules"):
             title += _length(compressed if theirs is not None else base)
-        yield title, shown[0], shown[1], _ratio(ours, theirs), "" if ours is None and theirs is None else how
+        yield title, shown[0], shown[1], _ratio(ours, theirs), how
+    if all(getattr(side, name) is None for side in (base, compressed) for name in ("memory_bytes", "loaded_bytes")):
+        yield NO_MEMORY
 
 
 def _length(side: Measurement) -> str:
@@ -148,7 +189,7 @@ def _latency_rows(base: Iterable[Latency], compressed: Iterable[Latency]) -> Ite
         change = ""
         if a is not None and b is not None:
             change = " / ".join(_ratio(*pair) for pair in zip(_times(a), _times(b), strict=True))
-        yield f"p50 / p95 / CPU of one pass ({setting})", shown[0], shown[1], change, "measured"
+        yield f"time of one pass: median / 95th percentile / CPU ({setting})", shown[0], shown[1], change, "measured"
 
 
 def _times(latency: Latency) -> tuple[float, float, float]:
@@ -158,7 +199,7 @@ def _times(latency: Latency) -> tuple[float, float, float]:
 def _setting(latency: Latency) -> str:
     length = "" if latency.sequence_length is None else f", {latency.sequence_length} tokens"
     threads = f"{latency.threads} thread{'s' * (latency.threads != 1)}"
-    return f"batch {latency.batch_size}{length}, {threads}, {latency.runtime}, {latency.device}"
+    return f"batch {latency.batch_size}{length}, {threads}, {latency.runtime} on {latency.device}"
 
 
 def _paired_rows(comparison: Mapping[str, Any]) -> Iterable[Row]:
@@ -174,7 +215,7 @@ def _paired_rows(comparison: Mapping[str, Any]) -> Iterable[Row]:
         change = number(get("difference"), "+.4f") + interval
         yield f"{get('metric')}{where}", number(get("a"), ".4f"), number(get("b"), ".4f"), change, "measured"
     share = get("agreement")
-    agreement = f"{100 * share:.1f} %" if isinstance(share, int | float) else NOT_MEASURED
+    agreement = f"{100 * share:.1f} %" if is_number(share) else NOT_MEASURED
     yield f"same answer as the base{where}", "", agreement, "", "measured"
     worst = get("worst_class")
     if isinstance(worst, Mapping):
@@ -187,14 +228,13 @@ def _paired_rows(comparison: Mapping[str, Any]) -> Iterable[Row]:
 
 
 def _ratio(base: Any, compressed: Any) -> str:
-    if not isinstance(base, int | float) or not isinstance(compressed, int | float) or base <= 0:
+    if not is_number(base) or not is_number(compressed) or base <= 0:
         return ""
     return f"{compressed / base:.3g} ×"
 
 
 def _difference(base: Any, compressed: Any) -> str:
-    numbers = isinstance(base, int | float) and isinstance(compressed, int | float)
-    return f"{compressed - base:+.4f}" if numbers else ""
+    return f"{compressed - base:+.4f}" if is_number(base) and is_number(compressed) else ""
 
 
 def _change(before: int | None, after: int | None) -> str:

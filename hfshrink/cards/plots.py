@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hfshrink.cards.model_tables import both_sides
-from hfshrink.cards.rendering import one_line
+from hfshrink.cards.rendering import is_number, one_line
 from hfshrink.errors import CheckpointError, require
 from hfshrink.measurement import Measurement, Score
 from hfshrink.record import CompressionReport
@@ -173,14 +173,9 @@ def _numbers(values: Any) -> dict[str, float]:
         return {}
     found = {}
     for name, value in values.items():
-        if (
-            isinstance(value, list | tuple)
-            and len(value) == 2
-            and all(_is_number(part) for part in value)
-            and value[1]
-        ):
+        if isinstance(value, list | tuple) and len(value) == 2 and all(is_number(part) for part in value) and value[1]:
             found[str(name)] = value[0] / value[1]
-        elif _is_number(value):
+        elif is_number(value):
             found[str(name)] = value
     return found
 
@@ -193,14 +188,10 @@ def _rises(rows: Any) -> dict[str, float]:
     """Each place's rise at the level that hurts most of those recorded."""
     found: dict[str, float] = {}
     for row in rows if isinstance(rows, list | tuple) else ():
-        if isinstance(row, Mapping) and _is_number(row.get("rise")):
+        if isinstance(row, Mapping) and is_number(row.get("rise")):
             place = str(row.get("place"))
             found[place] = max(row["rise"], found.get(place, row["rise"]))
     return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -7,12 +7,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, TypeGuard
 
 from hfshrink.terminal import table
 
 NOT_MEASURED = "not measured"
+NOT_RECORDED = "not recorded"
 LONGEST = 300  # characters of a text from a record
+MOST_ROWS = 50  # of one table
+DEEPEST = 20  # levels of mappings and lists in a record
 PATHS = re.compile(r"file://\S+|(?<![\w.:/&<])/(?:[\w.@+-]+/)+[\w.@+-]*|(?<!\w)(?:~|[A-Za-z]:)[\\/][^\s|\"'`]*")
 HOMES = re.compile(r"^(?:/home|/Users|[A-Za-z]:[\\/]Users)[\\/][^\\/]+$")
 """A home folder itself: its last part is a person's name."""
@@ -82,13 +85,20 @@ def without_folders(value: Any) -> Any:
 
 
 def settings_text(settings: Any) -> str:
-    """`name=value` of all that is given, without machine paths and secrets."""
+    """`name=value` of all that is given, without machine paths and secrets.
+
+    Example:
+        >>> settings_text({"losses": {"logits": {"temperature": 2.0}}, "teacher": None, "layers": [0, 2]})
+        'losses=(logits=(temperature=2.0)), layers=[0, 2]'
+    """
     known = without_folders(settings) if isinstance(settings, Mapping) else {}
     shown = {name: value for name, value in known.items() if value is not None}
     return ", ".join(f"{one_line(name)}={_shown(value)}" for name, value in shown.items())
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"({settings_text(value)})"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -101,6 +111,52 @@ def safe_table(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table whose cells are all `plain`; without rows it is empty."""
     cells = [[plain(cell) for cell in row] for row in rows]
     return table([plain(cell) for cell in header], cells) if cells else ""
+
+
+def as_json(data: Any, sort_keys: bool = False) -> Any:
+    """A record as it reads from a file, with None for numbers that no machine counts to.
+
+    So a card made in memory is the one made from the stored record, whose keys config.json sorts.
+
+    Example:
+        >>> as_json({"b": 10**400, "a": float("inf")})
+        {'b': None, 'a': None}
+    """
+    text = json.dumps(data, sort_keys=sort_keys, default=str)
+    return _cut(json.loads(text, parse_int=_counted, parse_constant=lambda _: None), DEEPEST)
+
+
+def _counted(digits: str) -> int | None:
+    return int(digits) if len(digits) < 20 else None
+
+
+def _cut(value: Any, levels: int) -> Any:
+    """Without what is nested deeper than any record is."""
+    if isinstance(value, Mapping):
+        return {name: _cut(item, levels - 1) for name, item in value.items()} if levels else None
+    if isinstance(value, list):
+        return [_cut(item, levels - 1) for item in value] if levels else None
+    return value
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one to calculate with."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def mappings(value: Any) -> list[Mapping[str, Any]]:
+    """The mappings of a list; empty where it is none."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def and_more(found: int, shown: int, what: str) -> str:
+    """What stands below a list or table that was cut."""
+    return f"\n\nand {found - shown:,} more {what}." if found > shown else ""
 
 
 def number(value: Any, form: str = "") -> str:
@@ -116,7 +172,7 @@ def number(value: Any, form: str = "") -> str:
         return number(value["value"], form) + interval
     if value is None:
         return NOT_MEASURED
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return str(value)
     if isinstance(value, int) and "f" not in form:
         return format(value, ",")

@@ -6,13 +6,35 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hfshrink.cards.rendering import LONGEST, one_line, plain, safe_table, without_folders
+from hfshrink.cards.rendering import (
+    LONGEST,
+    MOST_ROWS,
+    NOT_RECORDED,
+    mapping,
+    one_line,
+    plain,
+    safe_table,
+    without_folders,
+)
 from hfshrink.record import CompressionReport, StepRecord
 
-NOT_RECORDED = "not recorded"
+MOST_LINES = 400  # of a recipe in a card
 DEEPEST = 6  # levels of mappings in mappings
 METHOD_KEYWORDS = {"quantize": "scheme", "prune": "method", "factorize": "weighting"}
 """technique -> the keyword that the record keeps as the step's method."""
+TRAINING = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+"""Training arguments that the steps of a Trainer record."""
+UNSET = {"max_steps": -1, "gradient_accumulation_steps": 1}
+"""Training arguments that say nothing at these values."""
+KINDS = frozenset({"Dataset", "DatasetDict", "IterableDataset", "DataLoader", "list", "tuple", "dict", "generator"})
+"""What a record holds in the place of data that were given as an object of Python."""
 
 
 def recipe(report: CompressionReport) -> dict[str, Any]:
@@ -27,7 +49,7 @@ def recipe(report: CompressionReport) -> dict[str, Any]:
     seed = next((seed for step in report.steps if (seed := _seed(step)) is not None), None)
     if seed is not None:
         found["seed"] = seed
-    found["steps"] = [_step(step) for step in report.steps]
+    found["steps"] = [_entry(run) for run in training_runs(report)]
     return dict(_safe(found, DEEPEST + 3))
 
 
@@ -56,17 +78,63 @@ def recipe_yaml(report: CompressionReport) -> str:
     text: str = yaml.dump(recipe(report), Dumper=Dumper, sort_keys=False, allow_unicode=False, width=110).rstrip("\n")
     for sign, code in (("`", r"\x60"), ("<", r"\x3C"), (">", r"\x3E")):
         text = text.replace(sign, code)
-    return text
+    lines = text.splitlines()
+    more = [f"# and {len(lines) - MOST_LINES:,} more lines: the record holds them"] if len(lines) > MOST_LINES else []
+    return "\n".join(lines[:MOST_LINES] + more)
+
+
+def recipe_note(report: CompressionReport) -> str:
+    """What the recipe can't name; empty where it names all."""
+    kinds = {value for step in report.steps for value in step.settings.values() if isinstance(value, str)} & KINDS
+    if not kinds:
+        return ""
+    return f"In place of data that were given as an object, the recipe has its kind: {', '.join(sorted(kinds))}."
+
+
+def training_of(step: StepRecord) -> dict[str, Any]:
+    """The training arguments of a step; empty where it did not train.
+
+    Example:
+        >>> training_of(StepRecord("distill", "logits", {"num_train_epochs": 3, "max_steps": -1, "label_weight": 0.5}))
+        {'num_train_epochs': 3}
+    """
+    inner = step.settings.get("training")
+    settings = inner if isinstance(inner, Mapping) else step.settings
+    if "num_train_epochs" not in settings:
+        return {}
+    found = {name: settings[name] for name in TRAINING if settings.get(name) not in (None, UNSET.get(name))}
+    if "max_steps" in found:  # the Trainer does not heed the epochs then
+        found.pop("num_train_epochs", None)
+    return found
+
+
+def training_runs(report: CompressionReport) -> list[list[StepRecord]]:
+    """The steps, those of one training together: a Trainer that prunes and distils at once appends a step for each.
+
+    Such steps began at the same model, trained with the same arguments, and ended within a second of each other.
+    """
+    runs: list[list[StepRecord]] = []
+    for step in report.steps:
+        if runs and _is_same_run(runs[-1][0], step):
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return runs
+
+
+def _is_same_run(first: StepRecord, step: StepRecord) -> bool:
+    ours, theirs = ({**training_of(one), "gradient_accumulation_steps": None} for one in (first, step))
+    if ours != theirs or not training_of(step) or first.technique == step.technique or first.before != step.before:
+        return False
+    return first.seconds is not None and step.seconds is not None and abs(first.seconds - step.seconds) < 1
 
 
 def fingerprint_table(report: CompressionReport) -> str:
     """Fingerprints of the data, as far as they are recorded; empty without."""
     known = report.details.get("fingerprints")
-    rows = [(name, value) for name, value in known.items()] if isinstance(known, Mapping) else []
-    subset = report.details.get("subset")
-    columns = subset.get("columns") if isinstance(subset, Mapping) else None
-    rows += [(f"column {name}", value) for name, value in columns.items()] if isinstance(columns, Mapping) else []
-    return safe_table(("data", "fingerprint of the content"), rows)
+    columns = mapping(mapping(report.details.get("subset")).get("columns"))
+    rows = [*mapping(known).items(), *((f"column {name}", value) for name, value in columns.items())]
+    return safe_table(("data", "fingerprint of the content"), rows[:MOST_ROWS])
 
 
 def version_sentences(report: CompressionReport) -> list[str]:
@@ -75,24 +143,35 @@ def version_sentences(report: CompressionReport) -> list[str]:
     for place, step in enumerate(report.steps, start=1):
         text = ", ".join(f"{name} {version}" for name, version in step.versions.items())
         groups.setdefault(text, []).append(str(place))
+    groups = dict(list(groups.items())[:MOST_ROWS])
     if len(groups) <= 1:
         return [plain(text or "Not recorded.", 1000) for text in groups]
     return [f"Step {', '.join(places)}: {plain(text or NOT_RECORDED, 1000)}." for text, places in groups.items()]
 
 
-def _step(step: StepRecord) -> dict[str, Any]:
-    settings = {name: value for name, value in step.settings.items() if value is not None}
-    training = settings.pop("training", None)
+def _entry(run: list[StepRecord]) -> dict[str, Any]:
+    """A call with its keywords; what a Trainer did at once under `train`, with its arguments."""
+    if len(run) == 1 and not isinstance(run[0].settings.get("training"), Mapping):
+        return {run[0].technique: _keywords(run[0])}
+    training = {name: value for step in run for name, value in training_of(step).items()}
+    calls = {step.technique: _without(_keywords(step), ("training", *TRAINING)) for step in run}
+    return {"train": training | calls}
+
+
+def _keywords(step: StepRecord) -> dict[str, Any]:
+    given = {name: value for name, value in step.settings.items() if value not in (None, UNSET.get(name))}
     keyword = METHOD_KEYWORDS.get(step.technique)
-    if keyword and keyword not in settings and not isinstance(training, Mapping):
-        settings = {keyword: step.method, **settings}
-    call = {step.technique: settings}
-    return {"train": {**training, **call}} if isinstance(training, Mapping) else call
+    if keyword and keyword not in given and "training" not in given:
+        return {keyword: step.method, **given}
+    return given
+
+
+def _without(call: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name not in names}
 
 
 def _seed(step: StepRecord) -> Any:
-    training = step.settings.get("training")
-    for settings in (step.settings, training if isinstance(training, Mapping) else {}):
+    for settings in (step.settings, mapping(step.settings.get("training"))):
         if isinstance(settings.get("seed"), int):
             return settings["seed"]
     return None

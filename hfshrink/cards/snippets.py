@@ -105,7 +105,8 @@ def load_snippet(task: str, tier: str, repo_id: str | None = None) -> Snippet:
         lines = _cached_export(repo_id, place) if task == "text-generation" else _export(task, tier, place)
     else:
         lines = _transformers(task, tier, place)
-    return Snippet("\n".join([*lines, *_run(task)]), NEEDS[tier])
+    needs = NEEDS[tier] if task != "image-classification" else f"{NEEDS[tier][:-2]} pillow torchvision`."
+    return Snippet("\n".join([*lines, *_run(task)]), needs)
 
 
 def export_snippets(task: str, folders: Sequence[str], repo_id: str | None = None) -> list[Snippet]:

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hfshrink.hub.commits import MAX_CARD_BYTES
 from hfshrink.hub.contents import CARD_FILE
+from hfshrink.hub.earlier import MAX_BYTES
 from hfshrink.hub.retries import reason
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def read_base(api: Any, name: str | None, repo_type: str = "model") -> dict[str,
 def _metadata(path: Path) -> dict[str, Any]:
     from huggingface_hub import RepoCard
 
-    if path.stat().st_size > MAX_CARD_BYTES:
+    if path.stat().st_size > MAX_BYTES:
         raise ValueError("it is too large")
     card = RepoCard(path.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True)
     return dict(card.data.to_dict())

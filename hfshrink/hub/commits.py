@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from hfshrink.errors import CheckpointError, HfshrinkError, SettingError
 from hfshrink.hub.client import quiet_unless_terminal, told
-from hfshrink.hub.contents import CARD_FILE, Contents, matches
+from hfshrink.hub.contents import CARD_FILE, Contents
+from hfshrink.hub.earlier import read_text, stale_files
 from hfshrink.hub.repositories import Target, head, tags
 from hfshrink.hub.retries import status_of, with_retries
 
 BATCH = 4  # files that are sent at once; after each batch it is known what the Hub has
-MAX_CARD_BYTES = 16 * 2**20  # a larger README is none
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +38,12 @@ def commit(target: Target, contents: Contents, card: Callable[[str | None], str]
     Raises:
         CheckpointError: What was and what was not uploaded.
     """
-    sent: list[str] = []
+    progress = _Progress(target, contents)
     with quiet_unless_terminal():
         for last in (False, True):
             try:
-                with told(_progress(target, contents, sent), target.api):
-                    info = _commit_once(target, contents, card, message, sent)
+                with told(progress.text, target.api):
+                    info = _commit_once(progress, card, message)
                 break
             except _PushedMeanwhileError:
                 if last:
@@ -61,26 +60,48 @@ class _PushedMeanwhileError(HfshrinkError):
     """The branch moved between reading and committing."""
 
 
-def _commit_once(
-    target: Target, contents: Contents, card: Callable[[str | None], str] | None, message: str, sent: list[str]
-) -> Any:
+@dataclass
+class _Progress:
+    """What is on its way where, and how far it is."""
+
+    target: Target
+    contents: Contents
+    uploaded: list[str] = field(default_factory=list)
+    committing: bool = False
+
+    def text(self) -> str:
+        """What was and what was not uploaded, for an error."""
+        left = [name for name in self.contents.files if name not in self.uploaded]
+        has = f"The Hub has received {', '.join(self.uploaded)}" if self.uploaded else "Nothing was uploaded"
+        lacks = f", but not {', '.join(left)}" if left and self.uploaded else ""
+        # while a commit is on its way its answer may be lost
+        state = "no commit was confirmed" if self.committing else "the repository is as it was"
+        return (
+            f"The push to {self.target.repo_id} failed. {has}{lacks}; {state}, and another try sends only what is "
+            "missing. The reason"
+        )
+
+
+def _commit_once(progress: _Progress, card: Callable[[str | None], str] | None, message: str) -> Any:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    target, contents = progress.target, progress.contents
     api, where = target.api, {"repo_id": target.repo_id, "repo_type": target.repo_type, "revision": target.revision}
     parent = head(target)
     there = set(with_retries(lambda: api.list_repo_files(**where), "Listing files"))
     files = dict(contents.files)
     if card is not None:
-        text = card(_old_card(target, parent) if CARD_FILE in there else None)
+        text = card(read_text(target, CARD_FILE, parent) if CARD_FILE in there else None)
         _validate(target, text)
         files[CARD_FILE] = text.encode()
     adding = [CommitOperationAdd(name, file) for name, file in sorted(files.items())]
-    stale = sorted(name for name in there - set(files) if matches(name, contents.replaced))
+    stale = stale_files(target, contents, there, parent)
     if stale:
         logger.info("Replaced by this push: %s.", ", ".join(stale))
-    _send(target, adding, sent)
+    _send(target, adding, progress.uploaded)
     operations = [*adding, *(CommitOperationDelete(name, is_folder=False) for name in stale)]
     expected = {} if target.create_pr else {"parent_commit": parent}
+    progress.committing = True
     try:
         # A lost answer is no second commit: the parent would not fit, and then nothing is left to change.
         tries = 1 if target.create_pr else 3
@@ -92,8 +113,8 @@ def _commit_once(
         raise
 
 
-def _send(target: Target, adding: list[Any], sent: list[str]) -> None:
-    """Upload the large files among these, a few at a time."""
+def _send(target: Target, adding: list[Any], uploaded: list[str]) -> None:
+    """Upload the large files among these, a few at a time; small ones go with the commit itself."""
     where = {"repo_id": target.repo_id, "repo_type": target.repo_type, "revision": target.revision}
     how = {**where, "create_pr": target.create_pr, "free_memory": False}
     for start in range(0, len(adding), BATCH):
@@ -102,16 +123,8 @@ def _send(target: Target, adding: list[Any], sent: list[str]) -> None:
         ignored = next((op.path_in_repo for op in batch if getattr(op, "_should_ignore", False)), None)
         if ignored is not None:
             raise SettingError(f"{target.repo_id} has a .gitignore that leaves {ignored} out. Remove that line there.")
-        sent.extend(op.path_in_repo for op in batch if op.path_in_repo not in sent)
-
-
-def _old_card(target: Target, revision: str | None) -> str | None:
-    with tempfile.TemporaryDirectory() as folder:
-        how = {"repo_type": target.repo_type, "revision": revision, "cache_dir": folder}
-        path = with_retries(lambda: target.api.hf_hub_download(target.repo_id, CARD_FILE, **how), "Reading the README")
-        if Path(path).stat().st_size > MAX_CARD_BYTES:
-            raise CheckpointError(f"The README.md of {target.repo_id} is too large to be kept. Shorten it there.")
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        large = [op.path_in_repo for op in batch if getattr(op, "_is_uploaded", False)]
+        uploaded.extend(name for name in large if name not in uploaded)
 
 
 def _validate(target: Target, text: str) -> None:
@@ -143,17 +156,3 @@ def _set_tag(target: Target, info: Any) -> None:
             with_retries(lambda: target.api.create_tag(target.repo_id, tag=target.tag, **how), "Setting the tag")
         elif found != info.oid:
             raise CheckpointError(f"The files are in {info.oid[:8]}; the tag {target.tag!r} stays at {found[:8]}.")
-
-
-def _progress(target: Target, contents: Contents, sent: list[str]) -> Callable[[], str]:
-    def text() -> str:
-        left = [name for name in contents.files if name not in sent]
-        has = f"The Hub has received {', '.join(sent)}" if sent else "Nothing was uploaded"
-        lacks = f", but not {', '.join(left)}" if left and sent else ""
-        state = "the repository is as it was" if left else "no commit was confirmed"  # a lost answer may hide one
-        return (
-            f"The push to {target.repo_id} failed. {has}{lacks}; {state}, and another try sends only what is missing. "
-            "The reason"
-        )
-
-    return text

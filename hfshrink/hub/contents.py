@@ -10,7 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from hfshrink.cards.merging import MARKER
 from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.hub.leaks import without_machine_paths
 from hfshrink.loading import EXPORT_MANIFEST
 from hfshrink.saving import MAX_CONFIG_BYTES, read_config
 
@@ -47,16 +49,20 @@ class Contents:
 
     Attributes:
         files: Path in the repository -> file on this disk, or bytes.
-        replaced: Patterns of paths in the repository that go unless `files` has them: parts of the artefact that was
-            there before, which would be read in place of the new one.
+        replaced: Patterns of paths in the repository that go unless `files` has them: weights or rows which would be
+            read in place of the new ones, or with them.
+        places: Folders (`""`, `"onnx/onnx-int8/"`) where the files of an earlier push's export go too.
         kind: `"weights"`, `"export"` or `"dataset"`.
         export_format: Of an export: `"onnx"`, `"openvino"` or `"executorch"`.
+        readme: The card that lies in the folder, where hfshrink wrote one: a new repository keeps what is added to it.
     """
 
     files: dict[str, Path | bytes] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+    places: tuple[str, ...] = ()
     kind: str = "weights"
     export_format: str | None = None
+    readme: str | None = None
 
     def add_json(self, name: str, data: Any) -> None:
         """Put a JSON file in; the same data give the same bytes."""
@@ -83,11 +89,18 @@ def read_folder(folder: Path, patterns: Iterable[str] = MODEL_FILES) -> Contents
                 "push_to_hub(weights, repo_id, exports={'onnx-int8': folder})."
             )
         names = (*export_files(folder), *(name for name in patterns if name not in WEIGHTS))
-        stale = (*WEIGHTS, EXPORT_MANIFEST, "*.onnx", "*.onnx.data", *PLOTS)
-        return Contents(listed(folder, names), stale, "export", export_format(folder))
+        return Contents(listed(folder, names), WEIGHTS, ("",), "export", export_format(folder), _own_card(folder))
     _check_weights(folder)
-    old = (*WEIGHTS, EXPORT_MANIFEST, "model.onnx", "model.onnx.data", *PLOTS)
-    return Contents(listed(folder, patterns), old)
+    return Contents(listed(folder, patterns), WEIGHTS, ("",), readme=_own_card(folder))
+
+
+def _own_card(folder: Path) -> str | None:
+    """The README that `hfshrink card` or a Trainer wrote, to which something may have been added; no other."""
+    file = folder / CARD_FILE
+    if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_CONFIG_BYTES:
+        return None
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return text if MARKER.search(text) else None
 
 
 def export_files(folder: Path) -> list[str]:
@@ -96,15 +109,11 @@ def export_files(folder: Path) -> list[str]:
     Raises:
         CheckpointError: The manifest can't be read, a file that it names is missing, or lies elsewhere.
     """
-    from transformers.exporters.auto import get_exporter_class
-
     path = folder / EXPORT_MANIFEST
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ValueError("it is too large")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        exporter = get_exporter_class(manifest["export_format"])
-        names = [name for entry in manifest["components"].values() for name in exporter.program_files(entry["file"])]
+        names = manifest_files(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{EXPORT_MANIFEST} in {folder.name} can't be read ({type(error).__name__}): the export is half-written "
@@ -114,6 +123,19 @@ def export_files(folder: Path) -> list[str]:
     if wrong is not None:
         raise CheckpointError(f"{EXPORT_MANIFEST} names {wrong[:80]!r}, which is no file of {folder.name}.")
     return [EXPORT_MANIFEST, *names]
+
+
+def manifest_files(manifest: Any) -> list[str]:
+    """The files that an export's manifest names, as its exporter writes them.
+
+    Raises:
+        ValueError: No such format.
+        KeyError: It is no manifest; so are `TypeError` and `AttributeError`.
+    """
+    from transformers.exporters.auto import get_exporter_class
+
+    exporter = get_exporter_class(manifest["export_format"])
+    return [name for entry in manifest["components"].values() for name in exporter.program_files(entry["file"])]
 
 
 def add_exports(contents: Contents, exports: dict[str, Path]) -> None:
@@ -129,7 +151,7 @@ def add_exports(contents: Contents, exports: dict[str, Path]) -> None:
         place = f"{export_format(folder)}/{scheme}"
         for name, file in listed(folder, (*export_files(folder), *CONFIGS)).items():
             contents.files[f"{place}/{name}"] = file
-        contents.replaced += (f"{place}/*",)
+        contents.places += (f"{place}/",)
 
 
 def export_format(folder: Path) -> str:
@@ -236,12 +258,9 @@ def clean_configs(contents: Contents, cleaner: Cleaner) -> None:
         if isinstance(file, Path) and (short.endswith("config.json") or short == "trainer_state.json"):
             data = _read_json(file, name)
             record = data.get("hfshrink") if isinstance(data, dict) else None
-            cleaned = dict(data) if isinstance(data, dict) else data
+            cleaned = without_machine_paths(data)
             if record is not None:
                 cleaned["hfshrink"] = cleaner(record)
-            for key, value in cleaned.items() if isinstance(cleaned, dict) else ():
-                if key != "hfshrink" and isinstance(value, str) and Path(value).is_absolute() and len(value) > 1:
-                    cleaned[key] = cleaner(value)
             if cleaned != data:
                 contents.add_json(name, cleaned)
 

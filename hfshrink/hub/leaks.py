@@ -17,6 +17,8 @@ SHORTEST_SECRET = 8  # characters of a variable's value; shorter ones are found 
 TOKEN_SHAPES = re.compile(
     rb"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_[A-Za-z0-9._-]{20,}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[A-Z0-9]{16}\b)"
 )
+MACHINE_PATH = re.compile(r"(?:file://|~|[A-Za-z]:)?[\\/](?:[^\\/\s]+[\\/])+[^\\/\n]*")
+"""A text that is a path, with a folder."""
 CHUNK = 16 * 2**20  # bytes of a file that are searched at a time
 OVERLAP = 4096  # bytes that two chunks share, so that nothing hides on the border
 
@@ -69,6 +71,22 @@ def clean(value: Any, secrets: dict[str, str]) -> Any:
     if isinstance(value, str):
         return _without_paths(scrub(value, secrets))
     return value
+
+
+def without_machine_paths(value: Any) -> Any:
+    """JSON in which texts that are a path lose its folders, and others the home folder; tokens such as `/s` stay.
+
+    Example:
+        >>> without_machine_paths({"text_config": {"name": "/data/ada/base"}, "eos_token": "/s"})
+        {'text_config': {'name': 'base'}, 'eos_token': '/s'}
+    """
+    if isinstance(value, dict):
+        return {key: without_machine_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_machine_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1] if MACHINE_PATH.fullmatch(value) else without_home(value)
 
 
 def _without_paths(text: str) -> str:

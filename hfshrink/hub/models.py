@@ -26,7 +26,6 @@ from hfshrink.hub.contents import (
     listed,
     read_folder,
 )
-from hfshrink.hub.graphs import without_traces
 from hfshrink.hub.leaks import check_file, clean
 from hfshrink.hub.repositories import Target
 from hfshrink.hub.terms import Terms, check_terms
@@ -124,10 +123,8 @@ def finished(contents: Contents, target: Target, folder: Path, metadata: dict[st
     """
     secrets = secrets_of(target.api)
     clean_configs(contents, lambda data: clean(data, secrets))
-    for number, (name, file) in enumerate(sorted(contents.files.items())):
-        if name.endswith(".onnx") and isinstance(file, Path):
-            contents.files[name] = without_traces(file, folder / f"graph-{number}")
     config = _config_json(contents)
+    _warn_of_code(config)
     report = CompressionReport() if "hfshrink" not in config else CompressionReport.from_dict(config["hfshrink"])
     if report.steps:
         report = _with_plots(contents, report, folder)
@@ -140,7 +137,7 @@ def finished(contents: Contents, target: Target, folder: Path, metadata: dict[st
     how = {"repo_id": target.repo_id, "exports": places, "tier": contents.export_format or read_tier(config)}
 
     def card(old: str | None) -> str:
-        text = new_card(report, old, {**metadata, **how})
+        text = new_card(report, contents.readme if old is None else old, {**metadata, **how})
         check_file("The card", text.encode(), secrets)
         return text
 
@@ -150,12 +147,13 @@ def finished(contents: Contents, target: Target, folder: Path, metadata: dict[st
 def new_card(report: CompressionReport, old: str | None, metadata: dict[str, Any]) -> str:
     """The text of a model's README, with what a user wrote into the old one."""
     from hfshrink.cards import merge_card, model_card
+    from hfshrink.cards.merging import KEPT
 
-    card = model_card(report, **metadata) if report.steps else unfinished_card(report, metadata)
-    return str(card if old is None else merge_card(old, card))
+    card = model_card(report, **metadata) if report.steps else unfinished_card(metadata)
+    return str(card if old is None else merge_card(old, card, keep=() if metadata.get("license") else KEPT))
 
 
-def unfinished_card(report: CompressionReport, metadata: dict[str, Any]) -> Any:
+def unfinished_card(metadata: dict[str, Any]) -> Any:
     """The card of a run that goes on: it has no record yet, so there is nothing to tell but that."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -188,6 +186,17 @@ def _model_type(model: Any) -> str | None:
 def _config_json(contents: Contents) -> dict[str, Any]:
     config = contents.files["config.json"]
     return dict(json.loads(config if isinstance(config, bytes) else config.read_bytes()))
+
+
+def _warn_of_code(config: dict[str, Any]) -> None:
+    """A model class of its own is a program: it is not uploaded, and without it nobody can load the model."""
+    classes = config.get("auto_map")
+    own = [name for name in classes.values() if "--" not in str(name)] if isinstance(classes, dict) else []
+    if own:
+        logger.warning(
+            "config.json names code of its own (%s), which is not uploaded: put those files on the Hub yourself.",
+            ", ".join(str(name)[:80] for name in own[:3]),
+        )
 
 
 def _with_plots(contents: Contents, report: CompressionReport, folder: Path) -> CompressionReport:

@@ -40,8 +40,8 @@ def push_to_hub(  # noqa: PLR0913
     Nothing but the files of a model (`hfshrink.hub.contents.MODEL_FILES`) is uploaded. A push that breaks off changes
     nothing, and the next one sends only what is missing; without any change there is no commit. What the repository's
     README has outside the markers of the card is kept. Trouble that passes (429, 5xx, dropped connections) is waited
-    for. Parts of an earlier push that would be read in place of the new ones, such as old shards, are deleted in the
-    same commit.
+    for. In the same commit are deleted: weights and rows that would be read in place of the new ones, such as old
+    shards, and what else an earlier push names as its own.
 
     Args:
         model: A model or export that hfshrink made, the folder that it was saved to, or a `Subset`.
@@ -69,7 +69,8 @@ def push_to_hub(  # noqa: PLR0913
 
     Raises:
         SettingError: No token or one that may only read, another's namespace, a name that the Hub does not take, a
-            repository of the other type or public in place of private, a model without record, an unfit licence.
+            repository of the other type or public in place of private, a model without record, an unfit licence, an
+            export or rows in the place of those that hfshrink did not push.
         CheckpointError: No model in the folder, weights that are not safetensors, files that hold a token, or the Hub
             can't be reached: the message says what was uploaded and what was not.
 

@@ -62,9 +62,11 @@ def check_access(target: Target, private: bool | None = None) -> Target:
                 _check_visibility(target.repo_id, private)
             _check_tag(target)
         elif with_retries(lambda: api.repo_exists(target.repo_id, repo_type=other), "Reading the repository"):
+            # most likely a slip; a repository that is there already was not made by one
             raise SettingError(
                 f"{target.repo_id} is a {WORDS[other]} repository, this is a {WORDS[target.repo_type]}. Choose "
-                "another name."
+                "another name; the Hub allows one name for both, so make the second one first where you mean that: "
+                f"HfApi().create_repo({target.repo_id!r}, repo_type={target.repo_type!r})."
             )
         elif target.create_pr:
             raise SettingError(f"There is no {target.repo_id} to open a pull request on. Leave create_pr=True out.")

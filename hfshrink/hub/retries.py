@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -96,6 +97,9 @@ def _retry_after(error: BaseException) -> float | None:
         value = str(headers.get("retry-after", "")).strip()
         if value.isdigit():
             return float(value)
+        left = re.search(r";\s*t=(\d+)", str(headers.get("ratelimit", "")))  # '"api";r=0;t=55': until the window ends
+        if left and status_of(error) == 429:
+            return float(left[1])
     return None
 
 

@@ -15,7 +15,6 @@ from hfshrink.hub.repositories import Target
 from hfshrink.hub.terms import Terms, may_copy
 
 SUBSET_FILES = ("indices.npy", "scores.npy", "report.json")
-ROWS = "data/*.parquet"
 SHARD_BYTES = 500 * 10**6
 
 
@@ -52,7 +51,7 @@ class SubsetParts:
             metadata: For the card.
         """
         from hfshrink.cards.dataset import dataset_card
-        from hfshrink.cards.merging import merge_card
+        from hfshrink.cards.merging import KEPT, merge_card
 
         secrets = secrets_of(target.api)
         source = terms.fields(target.api, getattr(self.subset.report, "data", None), "dataset")
@@ -61,10 +60,11 @@ class SubsetParts:
         report = clean(self.subset.report.to_dict(), secrets)
         if why:
             report["notes"] = [*report.get("notes", ()), why]
-        found = Contents(listed(folder / "subset", SUBSET_FILES), (ROWS, *SUBSET_FILES), "dataset")
-        found.add_json("report.json", report)
         split = str(report.get("split") or "train").split("[")[0]
         split = split if split.replace("_", "").isalnum() else "train"
+        replaced = (f"data/{split}-?????-of-?????.parquet", *SUBSET_FILES)
+        found = Contents(listed(folder / "subset", SUBSET_FILES), replaced, kind="dataset")
+        found.add_json("report.json", report)
         if copied:
             found.files |= write_rows(self.subset.dataset, folder / "rows", split)
         for name, content in found.files.items():
@@ -72,20 +72,37 @@ class SubsetParts:
 
         def card(old: str | None) -> str:
             given = {**metadata, **({} if terms.license is None else {"license": terms.license})}
-            new = dataset_card(report, source_card=source, **given)
-            new = new if old is None else merge_card(old, new)
-            for name in ("configs", "viewer"):
-                new.data.pop(name, None)
-            if copied:
-                files = [{"split": split, "path": f"data/{split}-*"}]
-                new.data["configs"] = [{"config_name": "default", "data_files": files}]
-            else:
-                new.data["viewer"] = False  # the Hub would show report.json as rows
+            new = dataset_card(report, source_card=source, repo_id=target.repo_id, with_rows=copied, **given)
+            new = new if old is None else merge_card(old, new, keep=KEPT if terms.license is None else ())
+            configs = with_split(new.data.pop("configs", None), split, copied)
+            new.data.pop("viewer", None)
+            new.data["configs" if configs else "viewer"] = configs or False  # it would show report.json as rows
             text = str(new)
             check_file("The card", text.encode(), secrets)
             return text
 
         return found, card
+
+
+def with_split(configs: Any, split: str, copied: bool) -> list[dict[str, Any]]:
+    """A card's `configs` that name the files of this split where its rows are published; others' entries stay.
+
+    Example:
+        >>> with_split(None, "train", True)
+        [{'config_name': 'default', 'data_files': [{'split': 'train', 'path': 'data/train-*'}]}]
+        >>> with_split([{"config_name": "mine", "data_dir": "x"}], "train", False)
+        [{'config_name': 'mine', 'data_dir': 'x'}]
+    """
+    known = [dict(one) for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
+    default: dict[str, Any] = next((one for one in known if one.get("config_name") == "default"), {})
+    files = default.get("data_files")
+    files = files if isinstance(files, list) else []
+    kept = [one for one in files if not isinstance(one, dict) or one.get("split") != split]
+    ours = [{"split": split, "path": f"data/{split}-*"}] if copied else []
+    others = [one for one in known if one is not default]
+    if not ours + kept:
+        return others
+    return [{"config_name": "default", **default, "data_files": [*ours, *kept]}, *others]
 
 
 def write_rows(dataset: Any, folder: Path, split: str) -> dict[str, Path | bytes]:

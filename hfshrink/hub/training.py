@@ -18,6 +18,7 @@ from hfshrink.hub.commits import commit
 from hfshrink.hub.contents import CARD_FILE, MODEL_FILES, STATES, Contents, listed, read_folder
 from hfshrink.hub.models import finished, new_card
 from hfshrink.hub.repositories import Target, check_access, open_repository
+from hfshrink.hub.retries import reason
 from hfshrink.hub.terms import check_terms
 from hfshrink.record import model_name, report
 from hfshrink.saving import write_text
@@ -129,6 +130,8 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> None:
                 commit(publishing.target, contents, card, message)
         except HfshrinkError as error:
             logger.warning("The push of step %d failed, training goes on: %s", step, error)
+        except Exception as error:  # nobody looks at the job's result
+            logger.warning("The push of step %d failed, training goes on: %s", step, reason(error))
         finally:
             shutil.rmtree(snapshot, ignore_errors=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,9 @@ from torch import nn
 from hfshrink.errors import SettingError, UnsupportedModelError
 from hfshrink.labels import find_label_column
 from hfshrink.loading import infer_task, load
-from hfshrink.record import model_name
+from hfshrink.record import config_of, model_name
 from hfshrink.saving import read_config
-from hfshrink.selection.contents import row_texts
+from hfshrink.selection.contents import is_text, row_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -54,13 +54,16 @@ class Networks:
         return _seeded(self.make, seed)
 
 
-def read_networks(model_init: Any, rows: Dataset, label_column: str | None) -> Networks:
+def read_networks(
+    model_init: Any, rows: Dataset, label_column: str | None, text_columns: Sequence[str] | None = None
+) -> Networks:
     """Check where models come from, and make the first.
 
     Args:
         model_init: A folder or Hub id, or a function of no argument (or of one, as the Trainer allows).
         rows: The training data, raw or encoded: a model without a classifier gets one for its classes.
         label_column: Name of the label column; None finds it.
+        text_columns: Columns of text; None finds them.
 
     Raises:
         SettingError: It is a model, or a function that returns none or the same one again.
@@ -68,7 +71,7 @@ def read_networks(model_init: Any, rows: Dataset, label_column: str | None) -> N
         CheckpointError: The folder or Hub id can't be read.
     """
     if isinstance(model_init, str | Path):
-        return _from_checkpoint(model_init, rows, label_column)
+        return _from_checkpoint(model_init, rows, label_column, text_columns)
     if isinstance(model_init, nn.Module) or not callable(model_init):
         raise SettingError(
             "model_init must be a folder, a Hub id, or a function that makes a fresh model for every run, got "
@@ -88,16 +91,15 @@ def read_networks(model_init: Any, rows: Dataset, label_column: str | None) -> N
     return Networks(make, first, processor, _check_task(infer_task(first)), model_name(first) or type(first).__name__)
 
 
-def _from_checkpoint(source: str | Path, rows: Dataset, label_column: str | None) -> Networks:
+def _from_checkpoint(
+    source: str | Path, rows: Dataset, label_column: str | None, text_columns: Sequence[str] | None
+) -> Networks:
     names = read_config(source).get("architectures") or [""]
     task = next((task for end, task in HEADS.items() if str(names[0]).endswith(end)), None)
     head: dict[str, Any] = {}
     if task is None:
-        texts = row_texts(rows, None, label_column)
-        columns = () if texts is None else texts.columns
-        is_text = "input_ids" in columns or any(_holds_text(rows, name) for name in columns)
-        task = "text-classification" if is_text else "image-classification"
         head = _head(rows, label_column)
+        task = _task_of_rows(rows, label_column, text_columns)
     _check_task(task)
 
     def make() -> Any:
@@ -109,6 +111,16 @@ def _from_checkpoint(source: str | Path, rows: Dataset, label_column: str | None
     return Networks(make, first, processor, task, title)
 
 
+def _task_of_rows(rows: Dataset, label_column: str | None, text_columns: Sequence[str] | None) -> str:
+    texts = row_texts(rows, text_columns, label_column)
+    if texts is None:
+        raise SettingError(
+            f"Found neither text nor images to train on among {', '.join(rows.column_names)}. Name one or two columns "
+            "of text: text_columns=[…]."
+        )
+    return "text-classification" if is_text(rows, texts) else "image-classification"
+
+
 def _head(rows: Dataset, label_column: str | None) -> dict[str, Any]:
     """What the config of a new classifier says: its classes, by their names where the rows have them."""
     column = find_label_column(rows, label_column)
@@ -116,6 +128,8 @@ def _head(rows: Dataset, label_column: str | None) -> dict[str, Any]:
         raise SettingError(f"The training rows have no labels ({', '.join(rows.column_names)}): name label_column=.")
     names = getattr(rows.features[column], "names", None)
     values = [value for value in rows.with_format(None).unique(column) if value is not None]
+    if not values:
+        raise SettingError(f"The column {column!r} holds no label: all rows are None.")
     if names is None and all(isinstance(value, str) for value in values):
         names = sorted(values)
     if names is not None:
@@ -127,10 +141,6 @@ def _head(rows: Dataset, label_column: str | None) -> dict[str, Any]:
 
 def _numbered(names: list[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
-
-
-def _holds_text(rows: Dataset, name: str) -> bool:
-    return getattr(rows.features[name], "dtype", None) in ("string", "large_string")
 
 
 def _caller(function: Callable[..., Any]) -> Callable[[], Any]:
@@ -170,3 +180,23 @@ def refuse_kind(kind: str) -> None:
     """
     if kind != "single_label":
         raise _unsupported(f"{kind.replace('_', ' ')} labels")
+
+
+def check_answer_order(subset: Any, networks: Networks) -> None:
+    """Refuse answers of a teacher whose classes are in another order than the model's: it would learn others.
+
+    Labels follow their names into the model's order; answers are numbers alone.
+
+    Raises:
+        SettingError: As said.
+    """
+    report = getattr(subset, "report", None)
+    about = getattr(report, "details", {}).get("teacher") or {}
+    config: Any = config_of(networks.first)
+    theirs, ours = about.get("labels") or [], [str(config.id2label[number]) for number in range(config.num_labels)]
+    first, second = ([str(name).casefold() for name in names] for names in (theirs, ours))
+    if first != second and sorted(first) == sorted(second):
+        raise SettingError(
+            f"The teacher's answers are of the classes {theirs}, in this order, and the model's are {ours}. Make the "
+            "model with the answers' order: id2label=dict(enumerate(names)), label2id={name: number, …}."
+        )

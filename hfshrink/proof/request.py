@@ -17,13 +17,13 @@ from hfshrink.errors import SettingError
 from hfshrink.evaluation.labels import find_references, require_label_column
 from hfshrink.evaluation.scoring import dataset_name
 from hfshrink.labels import IGNORED
-from hfshrink.proof.networks import Networks, read_networks, refuse_kind
+from hfshrink.proof.networks import Networks, check_answer_order, read_networks, refuse_kind
 from hfshrink.record import config_of
 from hfshrink.selection import Subset
 from hfshrink.selection.caching import check_rows, column_digests
 from hfshrink.selection.contents import RowTexts, row_texts
 from hfshrink.selection.deduplication import find_overlap
-from hfshrink.selection.sources import Sources, refuse_held_out
+from hfshrink.selection.sources import Sources, holds_rows, refuse_held_out
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -138,8 +138,9 @@ def read_request(given: Given, settings: Settings) -> Request:
     notes: list[str] = []
     trained = [full] if picked.own is None else [full, picked.own]
     kept = {name: _without_overlap(side, trained, names[name], name, settings) for name, side in sides.items()}
-    networks = read_networks(given.model_init, full, settings.label_column)
+    networks = read_networks(given.model_init, full, settings.label_column, settings.text_columns)
     processor = given.processor or networks.processor
+    check_answer_order(given.subset, networks)
     encoding = Encoding(networks, processor, settings)
     encoded, labels = encoding.training_rows(full, "full", notes)
     held_out = {name: encoding.held_out(side, facts, name, labels) for name, (side, facts) in kept.items()}
@@ -303,11 +304,8 @@ def _check_indices(indices: Any, rows: int) -> NDArray[np.int64]:
 
 def _refuse_training_rows(full: Dataset, side: Dataset, columns: dict[str, str], subset: Any, what: str) -> None:
     """Refuse held-out rows that are the training rows themselves, and a subset that was picked by scores of them."""
-    shared = [name for name in side.column_names if name in columns]
-    if len(side) == len(full) and shared:
-        found = column_digests(side.select_columns(shared))
-        if all(found[name] == columns[name] for name in shared):
-            raise SettingError(f"The {what} rows are the training rows themselves. Give rows that were held out.")
+    if holds_rows(side, len(full), columns):
+        raise SettingError(f"The {what} rows are the training rows themselves. Give rows that were held out.")
     if isinstance(subset, Subset):
         refuse_held_out(full, side, columns, Sources(scores=subset))
 

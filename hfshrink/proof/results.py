@@ -213,14 +213,15 @@ class Proof:
 
     def _arm_table(self) -> str:
         outside = bool(self.out_of_distribution)
-        header = ["arm", "rows", "epochs", "steps", "accuracy", "macro F1", "worst class", "train - test"]
+        header = ["arm", "rows", "epochs", "steps", "accuracy", "precision, recall", "macro F1"]
+        header += ["worst class", "train - test"]
         header += ["OOD accuracy"] * outside + ["seconds"]
         lines = []
         for arm in self.arms:
             worst = f"{arm.test.worst_class} {arm.test.worst_recall:.4f}"
             gap = "not measured" if arm.gap is None else f"{arm.gap:+.4f}"
             line = [arm.title, f"{arm.rows:,}", f"{arm.epochs:.3g}", f"{arm.steps:,}", arm.test.accuracy.show()]
-            line += [arm.test.f1.show(), worst, gap]
+            line += [f"{arm.test.precision.value:.4f}, {arm.test.recall.value:.4f}", arm.test.f1.show(), worst, gap]
             other = arm.out_of_distribution
             line += ["not measured" if other is None else other.accuracy.show()] * outside
             lines.append([*line, f"{arm.seconds:.1f}"])

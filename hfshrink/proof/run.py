@@ -117,8 +117,9 @@ def evaluate_subset(  # noqa: PLR0913
     request = read_request(given, Settings(*rules, max_length))
     training = read_training(trainer, args, settings, [request.full, request.subset])
     sizes = {name: len(side.references) for name, side in request.held_out.items()}
-    store = open_store(output_dir, _fingerprint(request, training), sizes, request.classes)
-    outcomes = Runs(request, training, store).run()
+    _check_batches(request, training)
+    with open_store(output_dir, _fingerprint(request, training), sizes, request.classes) as store:
+        outcomes = Runs(request, training, store).run()
     return summarize(
         request,
         outcomes,
@@ -221,6 +222,15 @@ class Runs:
         return float((self._predict(model, side) == side.references).mean())
 
 
+def _check_batches(request: Request, training: Training) -> None:
+    arguments, fewest = training.arguments, min(len(request.full), len(request.subset))
+    if arguments.dataloader_drop_last and fewest < arguments.train_batch_size:
+        raise SettingError(
+            f"dataloader_drop_last=True leaves no batch of {fewest} rows, a batch has {arguments.train_batch_size}. "
+            "Leave it out, or lower per_device_train_batch_size."
+        )
+
+
 def random_rows(n: int, size: int, seed: int, labels: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Random rows in which each class keeps its share, where it has a row to give and they are enough.
 
@@ -235,7 +245,8 @@ def random_rows(n: int, size: int, seed: int, labels: NDArray[np.int64] | None) 
         2
     """
     enough = labels is not None and size >= len(np.unique(labels))
-    return random_subset(n, min(size, n), seed=seed, labels=labels if enough else None)
+    # draws of their own: with the seed of `select` they would be the very rows of a random subset
+    return random_subset(n, min(size, n), seed=seed + 10**6, labels=labels if enough else None)
 
 
 def _fingerprint(request: Request, training: Training) -> dict[str, Any]:

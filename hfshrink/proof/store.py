@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.saving import MAX_CONFIG_BYTES, save_aside, write_text
+from hfshrink.selection.caching import locked
 
 FORMAT_VERSION = 1
 ABOUT_FILE, RUN_FILE, RUNS = "proof.json", "run.json", "runs"
@@ -127,10 +129,11 @@ class RunStore:
         return np.array(array, dtype=np.int64)
 
 
+@contextlib.contextmanager
 def open_store(
     folder: str | Path | None, fingerprint: Mapping[str, Any], sizes: Mapping[str, int], classes: int
-) -> RunStore:
-    """The runs in a folder, which must be of the same rows, model and settings.
+) -> Iterator[RunStore]:
+    """The runs in a folder, which must be of the same rows, model and settings; a second process waits here.
 
     Args:
         folder: Missing, empty, or of an earlier call; None keeps nothing.
@@ -143,18 +146,21 @@ def open_store(
         CheckpointError: The folder holds something else, or can't be read or written.
     """
     if folder is None:
-        return RunStore(None, sizes, classes)
+        yield RunStore(None, sizes, classes)
+        return
     place = Path(folder).expanduser()
     current = json.loads(json.dumps({"format_version": FORMAT_VERSION, **fingerprint}, default=str))
-    try:
-        if place.is_dir() and any(place.iterdir()):
+    if place.is_file():
+        raise CheckpointError(f"output_dir={place} is a file. Give a missing or empty folder.")
+    with locked(place, "output_dir"):
+        if any(not path.name.startswith(".") for path in place.iterdir()):
             _check_same(place, current)
         else:
-            place.mkdir(parents=True, exist_ok=True)
-            write_text(place / ABOUT_FILE, json.dumps(current, indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"Can't write {place}: {error}. Choose another output_dir.") from error
-    return RunStore(place, sizes, classes)
+            try:
+                write_text(place / ABOUT_FILE, json.dumps(current, indent=2) + "\n")
+            except OSError as error:
+                raise CheckpointError(f"Can't write {place}: {error}. Choose another output_dir.") from error
+        yield RunStore(place, sizes, classes)
 
 
 def _check_same(place: Path, current: Mapping[str, Any]) -> None:

@@ -172,9 +172,24 @@ def _notes(request: Request, arms: tuple[Arm, ...], training: Training) -> list[
         notes.append("The random subsets were drawn from all rows alike, not class by class.")
     if classes and classes < request.classes:
         notes.append(f"The model has {request.classes} classes, the training rows have {classes} of them.")
+    notes += _lacking(request)
     removed = {name: side.facts["removed"] for name, side in request.held_out.items() if side.facts["removed"]}
     notes += [f"{count:,} {name} rows that are training rows too were left out." for name, count in removed.items()]
     short = [arm.title for arm in arms if training.arguments.get_warmup_steps(arm.steps) >= arm.steps]
     if short:
         notes.append(f"The learning rate was still rising when these runs ended: {'; '.join(short)}.")
+    return notes
+
+
+def _lacking(request: Request) -> list[str]:
+    """Of each held-out data set, the classes that it has no row of."""
+    notes, labels = [], request.labels if request.labels is not None else np.arange(0)
+    for name, side in request.held_out.items():
+        lacking = np.setdiff1d(labels, side.references).tolist()
+        if lacking:
+            shown = ", ".join(map(request.class_name, lacking[:5]))
+            notes.append(
+                f"The {name} rows have none of {len(lacking)} classes ({shown}): means over classes leave them out, "
+                "or count 0 where a model predicts them."
+            )
     return notes

@@ -174,6 +174,35 @@ def _processor_settings(part: Any) -> dict[str, Any]:
     return own | {"settings": part.to_dict() if hasattr(part, "to_dict") else {}}
 
 
+@contextlib.contextmanager
+def locked(folder: Path, keyword: str = "cache_dir") -> Iterator[None]:
+    """Hold a folder, which is made; another process that wants it waits here.
+
+    Args:
+        folder: Which.
+        keyword: The name that the caller gave it by, for the message.
+
+    Raises:
+        CheckpointError: It can't be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning("%s is in use; waiting for the other process to finish.", folder)
+            lock.acquire()
+    except OSError as error:
+        raise CheckpointError(f"Can't write in {folder}: {error}. Choose another {keyword}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 @dataclass(frozen=True)
 class ChunkStore:
     """A folder that keeps one (n, d) float32 array: chunks of rows while it is computed, one file when it is whole.
@@ -193,24 +222,10 @@ class ChunkStore:
         Raises:
             CheckpointError: It can't be written.
         """
-        from filelock import FileLock, Timeout
-
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.folder / LOCK)
-            try:
-                lock.acquire(blocking=False)
-            except Timeout:
-                logger.warning("%s is in use; waiting for the other process to finish.", self.folder)
-                lock.acquire()
+        with locked(self.folder):
             for left in self.folder.glob(".*.aside-*"):
                 left.unlink(missing_ok=True)  # of a run that was killed: whoever writes holds the lock
-        except OSError as error:
-            raise CheckpointError(f"Can't write in {self.folder}: {error}. Choose another cache_dir.") from error
-        try:
             yield
-        finally:
-            lock.release()
 
     def whole(self) -> NDArray[np.float32] | None:
         """The whole array, memory-mapped and read-only; None where it is not there yet.

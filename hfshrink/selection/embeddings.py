@@ -259,12 +259,12 @@ def _through_store(
 def _own(portions: list[NDArray[np.int64]], team: Processes) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """(number, rows) of this process's portions, with a bar on the first process."""
     own = list(enumerate(portions))[team.rank :: team.count]
-    with _without_bars():
+    with without_bars():
         yield from progress(own, f"embeddings, {CHUNK_ROWS} rows a step") if team.rank == 0 else own
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """No bars of datasets' own for each chunk."""
     import datasets
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MOST_SIDE = 64  # pixels: of larger images the learning takes hours on a processor
 MOST_CHANNELS = 4
 BLOCK = 256  # rows read at once
+GREY, COLOUR = ("L", "1"), ("RGB", "RGBA", "RGBX", "P", "PA", "LA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB")
 CURE = "Resize the images (such as to 28 × 28), or pass model= for the nearest real images to learned embeddings."
 
 
@@ -62,7 +63,7 @@ class Images:
         if self.form == "image":
             whole = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
             return [Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)) for image in whole]
-        if np.dtype(self.feature_dtype).kind in "iu":
+        if np.dtype(self.feature_dtype).kind in "biu":
             pixels = np.rint(pixels).astype(self.feature_dtype)
         arrays = {"first": pixels, "last": pixels.transpose(0, 2, 3, 1), "none": pixels[:, 0]}[self.form]
         return arrays.tolist()
@@ -93,24 +94,26 @@ def read_images(rows: Dataset, column: str) -> Images:
         column: Of image files, or of arrays (height, width), (channels, height, width) or (height, width, channels).
 
     Raises:
-        SettingError: No arrays of numbers, different shapes, too large or too small, NaN.
+        SettingError: No arrays of numbers, different shapes, too large or too small, more than 8 bits, None, NaN.
     """
     import datasets
 
     feature: Any = rows.features[column]
     plain = rows.select_columns([column]).with_format(None)
     is_file = isinstance(feature, datasets.Image)
-    blocks, mode, shape = [], None, None
+    plain = plain.cast_column(column, datasets.Image()) if is_file else plain  # a column may be left undecoded
+    blocks, shape, is_grey = [], None, is_file
     for start in range(0, len(plain), BLOCK):
         values = plain[start : start + BLOCK][column]
         if is_file:
-            mode = mode or ("L" if values[0].mode in ("L", "1") else "RGB")
-            values = [image.convert(mode) for image in values]
+            is_grey = is_grey and all(image is not None and image.mode in GREY for image in values)
+            values = [_converted(image, start + row) for row, image in enumerate(values)]
         arrays = [_array(value, start + row) for row, value in enumerate(values)]
         shape = shape or arrays[0].shape
         _check_shapes(arrays, shape, start)
         blocks.append(np.stack(arrays))
     stacked = np.concatenate(blocks)
+    stacked = stacked[..., 0] if is_grey else stacked
     form = "image" if is_file else _form(stacked.shape[1:])
     if stacked.ndim == 3:
         stacked = stacked[:, None]
@@ -120,9 +123,30 @@ def read_images(rows: Dataset, column: str) -> Images:
     if not np.isfinite(pixels).all():
         row = int(np.flatnonzero(~np.isfinite(pixels).all(axis=(1, 2, 3)))[0])
         raise SettingError(f"Image {row} in {column!r} holds NaN or infinity. Leave it out.")
-    mean = pixels.mean(axis=(0, 2, 3), dtype=np.float64)[:, None, None].astype(np.float32)
-    deviation = pixels.std(axis=(0, 2, 3), dtype=np.float64)[:, None, None].astype(np.float32)
-    return Images(column, feature, pixels, form, mean, np.where(deviation > 0, deviation, 1).astype(np.float32))
+    return Images(column, feature, pixels, form, *_mean_and_deviation(pixels))
+
+
+def _mean_and_deviation(pixels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(channels, 1, 1) each; the deviation of a channel that never changes is 1. No second copy of the pixels."""
+    count = pixels[:, 0].size
+    mean = pixels.sum(axis=(0, 2, 3), dtype=np.float64) / count
+    squares = sum(((image - mean[:, None, None]) ** 2).sum(axis=(1, 2)) for image in pixels)
+    deviation = np.sqrt(squares / count)
+    deviation[deviation < 1e-6 * np.abs(mean)] = 1  # rounding
+    deviation[deviation == 0] = 1
+    return mean[:, None, None].astype(np.float32), deviation[:, None, None].astype(np.float32)
+
+
+def _converted(image: Any, row: int) -> Any:
+    """An image of a file in RGB; a grey one has three equal channels."""
+    if image is None:
+        raise SettingError(f"Image {row} is None. Filter such rows out first.")
+    if image.mode not in (*GREY, *COLOUR):
+        raise SettingError(
+            f"Image {row} has more than 8 bits a pixel (mode {image.mode!r}). Give such images as arrays of numbers, "
+            "datasets.Array2D."
+        )
+    return image.convert("RGB")
 
 
 def _array(value: Any, row: int) -> NDArray[Any]:

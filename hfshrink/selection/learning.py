@@ -30,16 +30,14 @@ class ClassRows:
     members: list[NDArray[np.int64]]
     read: Callable[[NDArray[np.int64]], Tensor]
 
-    def draw(self, generator: np.random.Generator, size: int) -> Tensor:
-        """(classes, size, …) rows; of a class with fewer, some are drawn more than once."""
-        return torch.stack([self.read(self._some(rows, generator, size)) for rows in self.members])
+    def draw(self, label: int, generator: np.random.Generator, size: int) -> Tensor:
+        """(size, …) random rows of a class; of a class with fewer all."""
+        rows = self.members[label]
+        return self.read(np.sort(generator.choice(rows, min(size, len(rows)), replace=False)))
 
-    def first(self, generator: np.random.Generator, size: int) -> Tensor:
-        """(classes, size, …) different rows: where the synthetic ones start."""
-        return torch.stack([self.read(np.sort(generator.permutation(rows)[:size])) for rows in self.members])
-
-    def _some(self, rows: NDArray[np.int64], generator: np.random.Generator, size: int) -> NDArray[np.int64]:
-        return np.sort(generator.choice(rows, size, replace=len(rows) < size))
+    def first(self, generator: np.random.Generator, size: int) -> list[Tensor]:
+        """Of each class (size, …) different rows: where the synthetic ones start."""
+        return [self.draw(label, generator, size) for label in range(len(self.members))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,8 +64,10 @@ class Learning:
     bounds: tuple[Tensor, Tensor] | None = None
     seed: int = 0
 
+    @torch.inference_mode(mode=False)
+    @torch.enable_grad()
     def run(self, per_class: int) -> tuple[Tensor, list[float]]:
-        """Learn.
+        """Learn. In memory at once are the answers of one network for one class.
 
         Args:
             per_class: Synthetic rows of each class.
@@ -76,36 +76,35 @@ class Learning:
             (classes, per_class, …) synthetic rows, and the loss of each step.
         """
         generator = np.random.default_rng(self.seed)
-        synthetic = self.real.first(generator, per_class).requires_grad_()
-        optimizer = torch.optim.Adam([synthetic], lr=self.rate)
-        losses = []
-        network = self.make_network(0)
+        synthetic = [rows.requires_grad_() for rows in self.real.first(generator, per_class)]
+        optimizer = torch.optim.Adam(synthetic, lr=self.rate)
+        losses, every = [], 1 if self.method == "distribution" else INNER_STEPS
         for step in progress(range(self.steps), f"matching ({self.method})"):
-            if self.method == "distribution" or step % INNER_STEPS == 0:
+            if step % every == 0:
                 network = self.make_network(int(generator.integers(2**31)))
-            real = self.real.draw(generator, self.batch_rows)
-            loss = self._loss(network, real, synthetic)
             optimizer.zero_grad()
-            loss.backward()
+            total = 0.0
+            for label, rows in enumerate(synthetic):
+                loss = self._loss(network, self.real.draw(label, generator, self.batch_rows), rows, label)
+                loss.backward(inputs=[rows])
+                total += float(loss.detach())
             optimizer.step()
             if self.bounds is not None:
-                with torch.no_grad():
-                    synthetic.clamp_(*self.bounds)
+                for rows in synthetic:
+                    rows.detach().clamp_(*self.bounds)
             if self.method == "gradient":
-                teach(network, synthetic.detach())
-            losses.append(float(loss.detach()))
-        return synthetic.detach(), losses
+                teach(network, torch.stack(synthetic).detach())
+            losses.append(total)
+        return torch.stack(synthetic).detach(), losses
 
-    def _loss(self, network: RandomNetwork, real: Tensor, synthetic: Tensor) -> Tensor:
+    def _loss(self, network: RandomNetwork, real: Tensor, synthetic: Tensor, label: int) -> Tensor:
+        """Of one class; both methods add up over the classes."""
         if self.method == "distribution":
             with torch.no_grad():
-                target = network.body(real.flatten(0, 1)).unflatten(0, real.shape[:2])
-            return mean_gap(target, network.body(synthetic.flatten(0, 1)).unflatten(0, synthetic.shape[:2]))
-        total = synthetic.new_zeros(())
-        for label in range(len(real)):
-            wanted = loss_gradients(network, real[label], label)
-            total = total + gradient_distance(wanted, loss_gradients(network, synthetic[label], label, True))
-        return total
+                target = network.body(real)
+            return mean_gap(target, network.body(synthetic))
+        wanted = loss_gradients(network, real, label)
+        return gradient_distance(wanted, loss_gradients(network, synthetic, label, differentiable=True))
 
 
 def teach(network: RandomNetwork, synthetic: Tensor) -> None:

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 
 def mean_gap(real: Tensor, synthetic: Tensor) -> Tensor:
-    """Distribution matching: Σ_c ‖mean_i ψ(x_ci) − mean_j ψ(s_cj)‖² (Zhao & Bilen, arXiv:2110.04181, eq. 6).
+    """Distribution matching of one class: ‖mean_i ψ(x_i) − mean_j ψ(s_j)‖² (Zhao & Bilen, arXiv:2110.04181).
 
     Averaged over random ψ it is a maximum mean discrepancy: 0 only where all those means agree.
 
     Args:
-        real: (classes, m, features) ψ of real rows.
-        synthetic: (classes, k, features) ψ of synthetic ones.
+        real: (m, features) ψ of real rows.
+        synthetic: (k, features) ψ of synthetic ones.
 
     Returns:
         One number, 0 or above.
 
     Example:
-        >>> mean_gap(torch.tensor([[[0.0], [2.0]]]), torch.tensor([[[3.0]]]))
+        >>> mean_gap(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0]]))
         tensor(4.)
     """
-    return ((real.mean(dim=1) - synthetic.mean(dim=1)) ** 2).sum()
+    return ((real.mean(dim=0) - synthetic.mean(dim=0)) ** 2).sum()
 
 
 def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hfshrink.selection.blockwise import Floats, Rows, squared_lengths
+from hfshrink.selection.budgets import random_subset
 from hfshrink.selection.matching import exchange, nearest_distinct
 
 NEIGHBOURS = 64  # of each learned embedding: the rows that may stand for it
@@ -48,13 +49,16 @@ def matched_rows(rows: Rows, points: Floats, features: Callable[[Floats], Tensor
     return candidates[chosen.numpy()]
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def head_logits(rows: Rows, labels: NDArray[np.int64], wanted: NDArray[np.int64], seed: int) -> NDArray[np.float32]:
     """What a linear classifier, fitted on all rows (of many on a sample), says about some: their soft labels.
 
-    Minimizes mean cross-entropy + λ/2 ‖W‖² with λ = d / (10 n) on rows of unit variance, by L-BFGS.
+    Minimizes mean cross-entropy + λ/2 ‖W‖² with λ = d / (10 n) on rows scaled to unit variance over all features, by
+    L-BFGS.
 
     Args:
-        rows: n rows around 0, of unit variance over all features.
+        rows: n rows around 0.
         labels: (n,) class numbers from 0 on, each with rows.
         wanted: Row numbers.
         seed: Of the sample.
@@ -62,13 +66,12 @@ def head_logits(rows: Rows, labels: NDArray[np.int64], wanted: NDArray[np.int64]
     Returns:
         (len(wanted), classes) logits.
     """
-    count = len(labels)
-    sample = np.sort(np.random.default_rng(seed).permutation(count)[:HEAD_ROWS])
+    sample = random_subset(len(labels), min(HEAD_ROWS, len(labels)), seed, labels)  # of each class at least a row
     vectors, targets = torch.from_numpy(rows.take(sample)).double(), torch.from_numpy(labels[sample])
     classes = int(labels.max()) + 1
     weight = torch.zeros(classes, vectors.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    scale = vectors.std()
+    scale = vectors.std().item() or 1.0
     vectors /= scale
     decay = vectors.shape[1] / (10 * len(sample))
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,27 +24,6 @@ KEPT_NUMBERS = 2**25  # logits that are kept, 128 MB in float32; of more only th
 EARLY = 0.2  # share of the epochs after which EL2N and GraNd are read: later most errors are small
 BATCH_ROWS, LEAST_STEPS = 64, 16  # rows of a batch; fewer where an epoch would have less than so many steps
 LEARNING_RATE, WEIGHT_DECAY = 0.05, 0.01  # the rate is divided by √d: a step of AdamW moves each of d weights by it
-
-
-class DynamicsLike(Protocol):
-    """What scores are read from: the `Dynamics` of probes, or the `DataMap` of a training run. (n,) each."""
-
-    @property
-    def confidence(self) -> NDArray[np.float64]: ...
-    @property
-    def variability(self) -> NDArray[np.float64]: ...
-    @property
-    def correctness(self) -> NDArray[np.float64]: ...
-    @property
-    def aum(self) -> NDArray[np.float64]: ...
-    @property
-    def forgetting(self) -> NDArray[np.float64]: ...
-    @property
-    def el2n(self) -> NDArray[np.float64]: ...
-    @property
-    def fingerprint(self) -> str | None: ...
-    def __len__(self) -> int: ...
-    def check_rows(self, dataset: Any) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +129,10 @@ def train_probes(
 ) -> Dynamics:
     """Train linear (or one-hidden-layer) classifiers on frozen embeddings, and record how they see each row.
 
-    Mini-batches of 64 rows, AdamW at 1e-3, on features scaled to mean 0 and variance 1; after each epoch one pass over
-    all rows in their order. Kept are a few numbers for each row and two for each epoch and row; the logits besides,
-    where they are at most 2²⁵ numbers. A memory map of embeddings is read block by block. Give training rows only:
-    scores of test rows would leak.
+    Mini-batches of 64 rows (fewer of few rows), AdamW at 0.05 / √d, on features scaled to mean 0 and variance 1; after
+    each epoch one pass over all rows in their order. Kept are a few numbers for each row and two for each epoch and
+    row; the logits besides, where they are at most 2²⁵ numbers. A memory map of embeddings is read block by block.
+    Give training rows only: scores of test rows would leak.
 
     Args:
         embeddings: (n, d) real numbers, in memory or memory-mapped, as of `embed`.

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hfshrink.errors import SettingError
+from hfshrink.labels import LABEL_COLUMNS
 from hfshrink.selection.blockwise import Rows, check_embeddings
-from hfshrink.selection.caching import check_rows
+from hfshrink.selection.caching import check_rows, column_digests
 from hfshrink.selection.datamap import DataMap
 from hfshrink.selection.methods import METHODS
 from hfshrink.selection.row_labels import Labels
@@ -131,7 +132,7 @@ def refuse_held_out(rows: Dataset, held_out: Dataset, columns: Mapping[str, str]
     Raises:
         SettingError: As said.
     """
-    if _was_made_of(held_out, len(rows), columns):
+    if holds_rows(held_out, len(rows), columns):
         raise SettingError("dataset and held_out are the same rows. Pick from the training rows alone.")
     made = "made on the held-out rows. Scores of test rows may pick no training rows: score the training rows."
     found = sources.data_map
@@ -139,7 +140,7 @@ def refuse_held_out(rows: Dataset, held_out: Dataset, columns: Mapping[str, str]
         raise SettingError(f"The data map was {made}")
     if isinstance(sources.scores, Subset):
         report = sources.scores.report
-        if _was_made_of(held_out, report.rows, report.columns):
+        if holds_rows(held_out, report.rows, report.columns):
             raise SettingError(f"The subset's scores were {made}")
         return
     for name in ("scores", "embeddings"):
@@ -148,12 +149,13 @@ def refuse_held_out(rows: Dataset, held_out: Dataset, columns: Mapping[str, str]
             raise SettingError(f"{name} has as many rows as held_out ({len(held_out)}), so it seems {made}")
 
 
-def _was_made_of(dataset: Dataset, rows: int, columns: Mapping[str, str]) -> bool:
-    try:
-        check_rows(dataset, rows, columns, must_share=True)
-    except SettingError:
+def holds_rows(dataset: Dataset, rows: int, columns: Mapping[str, str]) -> bool:
+    """Whether a data set holds the rows of these digests; equal labels alone say nothing, sorted ones often are."""
+    shared = [name for name in dataset.column_names if name in columns]
+    if len(dataset) != rows or not {*shared} - {*LABEL_COLUMNS}:
         return False
-    return True
+    found = column_digests(dataset.select_columns(shared))
+    return all(found[name] == columns[name] for name in shared)
 
 
 def _fits(dataset: Dataset, data_map: Any) -> bool:

@@ -177,11 +177,12 @@ def check_scores(scores: ArrayLike) -> NDArray[np.float64]:
     """The scores as float64, if they are one finite number for each row.
 
     Raises:
-        SettingError: Another shape, NaN or infinity.
+        SettingError: Another shape, no numbers, NaN or infinity.
     """
-    array = np.asarray(scores, dtype=np.float64)
-    if array.ndim != 1 or not len(array):
-        raise SettingError(f"scores must be one number for each row, got an array of shape {array.shape}.")
+    array = np.asarray(scores)
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "biuf":
+        raise SettingError(f"scores must be one number for each row, got {array.dtype} of shape {array.shape}.")
+    array = array.astype(np.float64)
     bad = np.flatnonzero(~np.isfinite(array))
     if len(bad):
         raise SettingError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hfshrink.data import read_dataset
 from hfshrink.errors import CheckpointError
 from hfshrink.saving import MAX_CONFIG_BYTES, save_aside
 from hfshrink.selection.caching import check_rows
@@ -67,13 +68,13 @@ class Subset:
 
         Args:
             folder: Where it lies.
-            dataset: The full data set that it was picked from. Columns may have been added to it since.
+            dataset: The full data set that it was picked from, or its folder. Columns may have been added to it since.
 
         Raises:
             CheckpointError: No subset lies there, or it is corrupt.
             SettingError: The data set has other rows than the one that the subset was picked from.
         """
-        folder = Path(folder)
+        folder, dataset = Path(folder), read_dataset(dataset)
         report = SelectionReport.from_dict(_read_json(folder / REPORT_FILE))
         indices = _read_array(folder / INDICES_FILE, "i", report.size)
         rising = np.all(indices[1:] > indices[:-1]) and indices[0] >= 0 and indices[-1] < report.rows

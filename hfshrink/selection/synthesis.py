@@ -16,10 +16,10 @@ from hfshrink.errors import SettingError
 from hfshrink.evaluation.scoring import dataset_name
 from hfshrink.record import model_name
 from hfshrink.selection.blockwise import Rows, check_embeddings
-from hfshrink.selection.budgets import random_subset
+from hfshrink.selection.budgets import class_budgets
 from hfshrink.selection.caching import column_digests
 from hfshrink.selection.contents import is_text, row_texts
-from hfshrink.selection.embeddings import embed
+from hfshrink.selection.embeddings import embed, without_bars
 from hfshrink.selection.images import find_image_column, read_images
 from hfshrink.selection.learning import ClassRows, Learning
 from hfshrink.selection.nearest_rows import NO_CHANCE, head_logits, matched_rows
@@ -110,9 +110,10 @@ def synthesize(  # noqa: PLR0913
     rows = read_dataset(dataset)
     image_column = _image_column(rows) if space == "images" else ""
     source = read_classes(rows, per_class, label_column, dataset_name(dataset, rows))
-    task = Synthesis(rows, source, method, per_class, {**settings, "soft_labels": soft_labels}, seed)
+    task = Synthesis(rows, source, method, per_class, settings, seed)
     if space == "images":
         return task.images(image_column)
+    settings["soft_labels"] = soft_labels
     started = time.perf_counter()
     if embeddings is None:
         how = {name: options[name] for name in EMBED_OPTIONS if name in options}
@@ -180,7 +181,10 @@ class Synthesis:
         if len(self.rows) <= most:
             return None
         self.classes.notes.append(f"Learned from a sample of {most:,} of the {len(self.rows):,} images.")
-        return random_subset(len(self.rows), most, self.seed, self.classes.numbers)
+        budgets = class_budgets(self.classes.numbers, most, self.per_class)
+        generator = np.random.default_rng(self.seed)
+        drawn = [generator.choice(rows, budgets[label], False) for label, rows in enumerate(self.classes.members())]
+        return np.sort(np.concatenate(drawn))
 
     def _learning(self, real: ClassRows, make_network: Any, bounds: Any = None) -> Learning:
         settings = self.settings
@@ -234,7 +238,8 @@ class Synthesis:
             "rows": len(rows),
             "columns": ["teacher_logits"],
         }
-        return rows.add_column("teacher_logits", wide.tolist(), feature=feature), details
+        with without_bars():
+            return rows.add_column("teacher_logits", wide.tolist(), feature=feature), details
 
     def _as_dataset(self, column: str, values: list[Any], labels: list[Any]) -> Dataset:
         import datasets
@@ -284,6 +289,8 @@ def _check_settings(space: str, per_class: int, method: str, seed: int, options:
             f"synthesize() in the space of {space} does not know {wrong!r}. It takes {', '.join(names)}."
         )
     settings = {**known, **options}
+    if settings.get("normalize") not in (None, True, False):
+        raise SettingError(f"normalize must be True, False or None, got {settings['normalize']!r}.")
     counts = {"per_class": per_class, **{name: settings[name] for name in ("steps", "width", "batch_rows")}}
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -103,7 +103,7 @@ tags:
 
 # reviews-ccs-10-percent
 
-1,000 of the 10,000 rows \(10 %\) of org/reviews \(train\), picked by hfshrink: ccs\.
+1,000 of the 10,000 rows \(10 %\) of org/reviews \(train\), picked by hfshrink with the method ccs\.
 
 ## How the rows were picked
 
@@ -115,11 +115,11 @@ tags:
 \| settings +\| stratify=label, cutoff=0\.3 +\|
 \| seed +\| 3 +\|
 \| scores +\| aum, probes on embeddings +\|
-\| model of the scores or embeddings \| org/encoder +\|
+\| model of the scores or embeddings +\| org/encoder +\|
 \| source data +\| org/reviews +\|
 \| split +\| train +\|
 \| revision +\| abc123 +\|
-\| content of the source's columns +\| text=aa11 +\|
+\| fingerprints of the source's columns +\| text=aa11 +\|
 \| exact duplicates in the source +\| 12 rows, 7 removed +\|
 \| rows also in the held-out data +\| 3 +\|
 \| seconds +\| embed 12\.3, pick 0\.5 +\|
@@ -147,9 +147,9 @@ subset = Subset\.load\("path/to/this/folder", full\)  # checks that these are th
 
 \| divided by \| groups \| lost \(rows\) \| lost by chance \| total variation \(by chance\) \| χ²  \| p +\|
 \|-+\|-+\|-+\|-+\|-+\|-+\|-+\|
-\| label +\| 2 +\| 0 \(0\) +\| 0\.0 +\| 0\.010 \(0\.012\) +\| 0\.5 \| not measured \|
+\| label +\| 2 +\| 0 \(0\) +\| 0\.0 +\| 0\.010 \(0\.012\) +\| 0\.5 \| too few rows +\|
 
-\| divided by \| least kept groups \| full data \| subset \| kept / overall share \|
+\| divided by \| least kept groups, of 10 rows or more \| full data \| subset \| kept / overall share \|
 \|-+\|-+\|-+\|-+\|-+\|
 \| label +\| bad +\| 4,000 +\| 390 +\| 0\.97 +\|
 \| label +\| good +\| 6,000 +\| 610 +\| 1\.02 +\|
@@ -185,7 +185,7 @@ The worst class fell\.
 
 ## Licence
 
-mit\. The licence of SOURCE must allow it\.
+This subset is under mit\. It derives from SOURCE, [^\n]+
 
 ## Versions
 

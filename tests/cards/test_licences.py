@@ -41,7 +41,9 @@ def test_a_licence_that_restricts_is_told_with_its_name_and_text():
 
 
 def test_a_permissive_licence_is_named():
-    assert section(model_card(full_report(), license="mit")).startswith("mit. The licence of [org/base]")
+    assert section(model_card(full_report(), license="mit")).startswith(
+        "This model is under mit. It derives from [org/base]"
+    )
 
 
 def test_unknown_names_of_a_base_become_other_with_a_name():

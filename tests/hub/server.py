@@ -168,6 +168,7 @@ def main() -> None:
         hub = Hub(given.folder, listener.getsockname()[1])
         sys.stdout.write(f"{hub.endpoint}\n")
         sys.stdout.flush()
+        sys.stderr.write(f"tokens of the user tester: {hub.token} writes, {hub.read_token} reads\n")
         _uvicorn(hub).run([listener])
 
 

@@ -28,8 +28,9 @@ def test_trouble_that_passes_is_waited_for(hub, folder, waits, status, path):
     assert len(waits) >= 2
 
 
-def test_the_hub_says_how_long_to_wait(hub, folder, waits):
-    hub.fail(path="/api/repos/create", status=429, headers={"Retry-After": "37"})
+@pytest.mark.parametrize("headers", [{"Retry-After": "37"}, {"RateLimit": '"api";r=0;t=37'}])
+def test_the_hub_says_how_long_to_wait(hub, folder, waits, headers):
+    hub.fail(path="/api/repos/create", status=429, headers=headers)
     push_to_hub(folder, "small")
     assert waits == [37.0]
 
@@ -76,7 +77,10 @@ def test_an_upload_cut_in_the_middle_is_resumed_by_the_next_push(hub, folder):
 
 def test_what_the_hub_has_is_not_sent_again(hub, folder):
     hub.fail("POST", COMMIT, status=503, times=99)
-    with pytest.raises(CheckpointError, match=r"The Hub has received README.md.*model.safetensors.*HTTP 503"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"The Hub has received model.safetensors, but not config.json.*no commit was confirmed.*HTTP 503",
+    ):
         push_to_hub(folder, "small")
     assert len(puts(hub)) == 1
     assert log(hub) == []
@@ -86,13 +90,14 @@ def test_what_the_hub_has_is_not_sent_again(hub, folder):
 
 
 def test_the_error_tells_what_was_and_was_not_uploaded(hub, model):
-    hub.fail("PUT", "/upload/", status=403, skip=2, times=99)
+    hub.fail("PUT", "/upload/", status=403, skip=5, times=99)
     with pytest.raises(CheckpointError) as raised:
         push_to_hub(model, "small", max_shard_size="4KB")
     received, lacks = str(raised.value).split(", but not ")
-    assert "README.md, config.json" in received
+    assert "model-00001-of" in received
+    assert "config.json" not in received  # it goes with the commit
     assert "model-00007-of" in lacks
-    assert "config.json" not in lacks
+    assert "config.json" in lacks
     assert "has no right" in lacks
 
 

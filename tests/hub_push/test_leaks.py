@@ -1,3 +1,4 @@
+import json
 import logging
 import traceback
 
@@ -7,7 +8,7 @@ import tiny
 from hfshrink.errors import CheckpointError, HfshrinkError
 from hfshrink.hub import push_to_hub
 from hfshrink.hub.leaks import check_file, clean, known_secrets, scrub
-from hub_push.conftest import with_record, write_export
+from hub_push.conftest import with_record
 
 SECRET = "hunter2-hunter2-hunter2"
 TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz0123456789"
@@ -90,21 +91,25 @@ def test_the_card_holds_no_secret_of_its_metadata(hub, planted, folder):
         push_to_hub(folder, "small", tags=[SECRET])
 
 
-def test_graphs_lose_the_names_of_source_files(hub, tmp_path):
-    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    node.metadata_props.add(key="pkg.torch.onnx.stack_trace", value='File "/home/ada.lovelace/model.py", line 1')
-    node.metadata_props.add(key="namespace", value="kept")
-    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]))
-    export = write_export(tmp_path / "export", text=model.SerializeToString())
-    push_to_hub(export, "small")
-    sent = all_bytes(hub)
-    assert b"ada.lovelace" not in sent
-    assert b"namespace" in sent
-    assert len(hub.git("tester/small", "log", "--format=%s").splitlines()) == 2
-    push_to_hub(export, "small")
-    assert len(hub.git("tester/small", "log", "--format=%s").splitlines()) == 2
+def test_paths_deep_in_a_config_go_and_tokens_that_look_like_paths_stay(hub, api, planted, folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    deep = {"text_config": {"name": f"{planted}/base"}, "notes": [f"made in {planted}/x", "file:///srv/ada/y"]}
+    config |= deep | {"extra_special_tokens": {"end": "/s", "think": "</think>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    push_to_hub(folder, "small")
+    sent = json.loads(hub.git("tester/small", "show", "main:tokenizer_config.json"))
+    assert sent["text_config"] == {"name": "base"}
+    assert sent["notes"] == ["made in ~/x", "y"]
+    assert sent["extra_special_tokens"] == {"end": "/s", "think": "</think>"}
+    assert b"lovelace" not in all_bytes(hub)
+
+
+def test_code_of_the_models_own_is_told_of(hub, folder, caplog):
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "modeling_mine.Mine", "AutoConfig": "org/base--configuration.Mine"}
+    (folder / "config.json").write_text(json.dumps(config))
+    push_to_hub(folder, "small")
+    assert "code of its own (modeling_mine.Mine), which is not uploaded" in caplog.text
 
 
 def test_secrets_on_the_border_of_two_chunks_are_found(tmp_path, monkeypatch):

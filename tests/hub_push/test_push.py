@@ -1,12 +1,14 @@
+import dataclasses
 import json
 
 import pytest
 from safetensors.torch import load_file
 
 import tiny
+from hfshrink.cards import model_card
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.hub import push_to_hub
-from hfshrink.record import CompressionReport
+from hfshrink.record import CompressionReport, report
 from hub_push.conftest import files, log, with_record, write_export
 
 PUSHED = {
@@ -65,6 +67,24 @@ def test_a_readme_edited_on_the_hub_keeps_what_was_written(hub, api, folder):
     assert "## Mine\n\nBelow." in kept
     assert "# Renamed" in kept
     assert "# bert" not in kept
+
+
+def test_what_was_added_to_the_folders_own_card_is_in_a_new_repository(hub, folder):
+    text = str(model_card(folder))
+    (folder / "README.md").write_text(text.replace("---\n\n<!--", "---\n\nBy hand.\n\n<!--", 1))
+    push_to_hub(folder, "small", license="mit")
+    assert "By hand.\n\n<!--" in show(hub, "README.md")
+    (folder / "README.md").write_text("Someone else's README.")
+    push_to_hub(folder, "other")
+    assert "Someone else" not in show(hub, "README.md", repo_id="tester/other")
+
+
+def test_a_licence_that_is_given_goes_before_the_one_that_is_there(hub, folder):
+    push_to_hub(folder, "small", license="mit")
+    push_to_hub(folder, "small")
+    assert "license: mit" in show(hub, "README.md")
+    push_to_hub(folder, "small", license="apache-2.0")
+    assert "license: apache-2.0" in show(hub, "README.md")
 
 
 def test_branch_tag_and_pull_request(hub, api, folder):
@@ -126,6 +146,35 @@ def test_an_export_alone_lies_at_the_root_and_replaces_weights(hub, folder, tmp_
     assert "model.onnx" not in files(hub)
 
 
+def test_what_others_put_there_stays(hub, api, folder, tmp_path):
+    mine = {"plots/mine.png", "model.onnx", "notes.txt", "onnx/onnx-int8/README.md"}
+    api.create_repo("tester/small")
+    for name in mine:
+        api.upload_file(path_or_fileobj=b"by hand", path_in_repo=name, repo_id="tester/small")
+    push_to_hub(folder, "small", exports={"onnx-int8": write_export(tmp_path / "a")})
+    push_to_hub(folder, "small", exports={"onnx-int8": write_export(tmp_path / "b", text=b"other")})
+    assert mine <= files(hub)
+
+
+def test_plots_of_an_earlier_push_go(hub, model):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    step = dataclasses.replace(report(model).steps[0], results={"kept_ratios": {"a": 0.5}})
+    drawn = with_record(tiny.model("bert", num_labels=2))
+    dataclasses.replace(report(drawn), steps=(step,)).attach(drawn)
+    push_to_hub(drawn, "small")
+    assert [name for name in files(hub) if name.startswith("plots/layers-")]
+    push_to_hub(model, "small")
+    assert not [name for name in files(hub) if name.startswith("plots/")]
+
+
+def test_an_export_does_not_replace_weights_of_others(hub, api, model, tmp_path):
+    api.create_repo("tester/small")
+    api.upload_file(path_or_fileobj=b"weights", path_in_repo="model.safetensors", repo_id="tester/small")
+    with pytest.raises(SettingError, match="holds model.safetensors, which hfshrink did not push"):
+        push_to_hub(write_export(tmp_path / "export"), "small")
+    assert files(hub) == {"model.safetensors"}
+
+
 def test_what_can_be_known_before_work_is_said_before_anything_is_made(hub, api, folder, model, monkeypatch):
     plain = tiny.model("bert")
     with pytest.raises(SettingError, match="has no record"):
@@ -153,7 +202,9 @@ def test_what_can_be_known_before_work_is_said_before_anything_is_made(hub, api,
     with pytest.raises(SettingError, match="no identifier that the Hub knows"):
         push_to_hub(folder, "small", license="my own")
     api.create_repo("tester/small", repo_type="dataset")
-    with pytest.raises(SettingError, match="is a data set repository"):
+    with pytest.raises(
+        SettingError, match=r"is a data set repository.*create_repo\('tester/small', repo_type='model'\)"
+    ):
         push_to_hub(folder, "small")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(SettingError, match="needs a token"):

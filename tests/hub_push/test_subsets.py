@@ -30,6 +30,11 @@ def card(hub):
     return DatasetCard(hub.git("tester/few", "show", "main:README.md", kind="datasets"))
 
 
+def put(api, texts):
+    for name, text in texts.items():
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=name, repo_id="tester/few", repo_type="dataset")
+
+
 def test_rows_indices_report_and_card_arrive_in_one_commit(hub, api, subset, rows):
     url = push_to_hub(subset, "few", rows=True)
     assert url.startswith(f"{hub.endpoint}/datasets/tester/few/commit/")
@@ -42,6 +47,7 @@ def test_rows_indices_report_and_card_arrive_in_one_commit(hub, api, subset, row
     assert indices.tolist() == subset.indices.tolist()
     told = {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}
     assert card(hub).data["configs"] == [told]
+    assert 'load_dataset("tester/few")' in card(hub).content
 
 
 def test_a_second_push_makes_no_commit(hub, subset):
@@ -67,6 +73,27 @@ def test_rows_of_an_earlier_push_go_when_they_are_no_longer_published(hub, subse
     push_to_hub(subset, "few", rows=True)
     assert ROWS in files(hub, "tester/few", kind="datasets")
     assert "viewer" not in card(hub).data.to_dict()
+
+
+def test_other_splits_and_their_entry_stay(hub, api, subset):
+    push_to_hub(subset, "few", rows=True)
+    test = {"split": "test", "path": "data/test-*"}
+    text = str(card(hub)).replace("  data_files:\n", "  data_files:\n  - split: test\n    path: data/test-*\n")
+    put(api, {"README.md": text, "data/test-00000-of-00001.parquet": "rows of others"})
+    push_to_hub(subset, "few", rows=True)
+    assert card(hub).data["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*"}, test]
+    push_to_hub(subset, "few", rows=False)
+    there = files(hub, "tester/few", kind="datasets")
+    assert ROWS not in there
+    assert "data/test-00000-of-00001.parquet" in there
+    assert card(hub).data["configs"] == [{"config_name": "default", "data_files": [test]}]
+
+
+def test_rows_of_others_are_not_replaced(hub, api, subset):
+    api.create_repo("tester/few", repo_type="dataset")
+    put(api, {ROWS: "rows of others"})
+    with pytest.raises(SettingError, match="which hfshrink did not push and this dataset would replace"):
+        push_to_hub(subset, "few", rows=True)
 
 
 def test_the_licence_of_the_source_decides(hub, api, subset):

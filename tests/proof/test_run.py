@@ -12,6 +12,8 @@ from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.proof import evaluate_subset
 from hfshrink.proof.run import random_rows
 from hfshrink.selection import select
+from hfshrink.selection.budgets import random_subset
+from hfshrink.taught import add_soft_labels
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 SIZES |= {"vocab_size": 40, "max_position_embeddings": 12}
@@ -74,6 +76,7 @@ def test_random_subsets_keep_the_share_of_each_class_and_differ_by_seed():
         assert np.bincount(labels[one]).tolist() == [12, 6, 2]
     assert len({tuple(one) for one in drawn}) == 3
     assert len(random_rows(100, 2, 0, labels)) == 2  # fewer than classes
+    assert set(drawn[0]) != set(random_subset(100, 20, 0, labels))  # the rows of `select` with that seed
 
 
 def raw(words, labels):
@@ -82,14 +85,34 @@ def raw(words, labels):
 
 
 def test_raw_texts_and_a_folder_without_a_classifier(tmp_path):
-    tiny.model("distilbert", "fill-mask").save_pretrained(tmp_path / "base")
+    tiny.model("bert", "fill-mask").save_pretrained(tmp_path / "base")  # without a pooler
     tiny.tokenizer().save_pretrained(tmp_path / "base")
     full = raw([f"{word} {noun}" for word in ("good", "bad") for noun in tiny.WORDS[:8]], [1] * 8 + [0] * 8)
     test = raw(["good plot", "bad plot"], [1, 0])
-    proof = evaluate_subset([0, 1, 8, 9], full, str(tmp_path / "base"), test, **SHORT)
+    full, test = (
+        part.add_column("by", ["me"] * len(part)).add_column("at", ["x"] * len(part)) for part in (full, test)
+    )
+    how = {**SHORT, "equal": "steps"}
+    with pytest.raises(SettingError, match=r"neither text nor images .* among text, label, by, at.*text_columns="):
+        evaluate_subset([0, 1, 8, 9], full, str(tmp_path / "base"), test, **how)
+    proof = evaluate_subset([0, 1, 8, 9], full, str(tmp_path / "base"), test, text_columns=["text"], **how)
     assert (proof.model, proof.task, proof.trainer) == ("base", "text-classification", "Trainer")
     assert {arm.test.worst_class for arm in proof.arms} <= {"bad", "good"}
-    assert [arm.steps for arm in proof.arms] == [1] * 5  # max_steps: so many epochs, at least a step
+    nothing = full.remove_columns("label").add_column("label", [None] * 16)
+    with pytest.raises(SettingError, match="'label' holds no label: all rows are None"):
+        evaluate_subset([0, 1], nothing, str(tmp_path / "base"), test, text_columns=["text"], **how)
+
+
+def test_held_out_rows_of_one_class_and_equal_labels_are_no_training_rows():
+    full = raw(
+        [f"good {word}" for word in tiny.WORDS[:4]] + [f"bad {word}" for word in tiny.WORDS[:4]], [1] * 4 + [0] * 4
+    )
+    other = raw([f"{word} plot" for word in tiny.WORDS[2:10]], full["label"][:]).rename_column("text", "sentence")
+    how = {**SHORT, "equal": "steps", "random_subsets": False, "processor": tiny.tokenizer()}
+    good = raw(["good plot"], [1])
+    proof = evaluate_subset([0, 4], full, lambda: tiny.model("bert"), good, out_of_distribution=other, **how)
+    assert proof.out_of_distribution["overlap"] is None
+    assert any("The test rows have none of 1 classes (LABEL_0)" in note for note in proof.notes)
 
 
 def test_images():
@@ -104,8 +127,7 @@ def test_images():
 def test_rows_with_a_teachers_answers_are_distilled():
     answers = torch.nn.functional.one_hot(torch.tensor(FULL["label"][:]), 3).float().tolist()
     taught = FULL.add_column("teacher_logits", answers)
-    how = {"equal": "steps", **SHORT}
-    assert evaluate_subset(WITHOUT_2, taught, make, TEST, **how).trainer == "DistillationTrainer"
+    how = {"equal": "steps", "random_subsets": False, **SHORT}
     subset = select(FULL, 1 / 3, "random")
     object.__setattr__(subset, "dataset", taught.select(subset.indices))
     proof = evaluate_subset(subset, FULL, make, TEST, **how)
@@ -113,8 +135,26 @@ def test_rows_with_a_teachers_answers_are_distilled():
     assert any("of the teacher together" in note for note in proof.notes)
     unlabelled = taught.remove_columns("label")
     blind = evaluate_subset(WITHOUT_2, unlabelled, make, TEST, **how)
+    assert blind.trainer == "DistillationTrainer"
     assert all(arm.gap is None for arm in blind.arms)
     assert "not measured" in str(blind)
+
+
+def test_answers_in_another_order_than_the_models_classes_are_refused():
+    full = FULL.cast_column("label", ClassLabel(names=["a", "b", "c"]))
+    test = TEST.cast_column("label", ClassLabel(names=["a", "b", "c"]))
+    named = [
+        {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+        for names in ("abc", "cab")
+    ]
+    taught = add_soft_labels(select(full, 1 / 3, "random"), make(**named[1]))
+    assert taught.report.details["teacher"]["labels"] == ["a", "b", "c"]
+    how = {**SHORT, "equal": "steps", "random_subsets": False}
+    evaluate_subset(taught, full, lambda: make(**named[0]), test, **how)
+    with pytest.raises(
+        SettingError, match=r"classes \['a', 'b', 'c'\], in this order, and the model's are \['c', 'a', 'b'\]"
+    ):
+        evaluate_subset(taught, full, lambda: make(**named[1]), test, **how)
 
 
 def test_rows_of_its_own_are_held_against_random_ones():
@@ -219,6 +259,7 @@ def test_subset_picked_by_scores_of_the_test_rows_is_refused():
         ({"model_init": "./nothing/here"}, CheckpointError, "nothing/here"),
         ({"learning_rat": 1}, SettingError, "no setting 'learning_rat'. Did you mean 'learning_rate'"),
         ({"seed": 1}, SettingError, "seed: a proof decides this itself"),
+        ({"dataloader_drop_last": True}, SettingError, "leaves no batch of 4 rows, a batch has 15"),
         ({"load_best_model_at_end": True}, SettingError, "would choose by held-out rows"),
         ({"trainer": "Trainer"}, SettingError, "trainer must be a Trainer class"),
         ({"args": {"learning_rate": 1}}, SettingError, "args must be TrainingArguments, got dict"),

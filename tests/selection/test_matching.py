@@ -24,16 +24,14 @@ def linear(dimensions, classes=2):
 
 
 def test_mean_gap_is_zero_for_the_same_rows_in_any_order_and_number():
-    real = normal(2, 6, 3)
-    assert mean_gap(real, real.flip(1)).item() == pytest.approx(0, abs=1e-12)
-    assert mean_gap(real, torch.cat([real, real], dim=1)).item() == pytest.approx(0, abs=1e-12)
+    real = normal(6, 3)
+    assert mean_gap(real, real.flip(0)).item() == pytest.approx(0, abs=1e-12)
+    assert mean_gap(real, torch.cat([real, real])).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_mean_gap_is_the_sum_of_squared_distances_between_the_means():
-    real, synthetic = normal(2, 6, 3), normal(2, 4, 3, seed=1)
-    wanted = sum(
-        (real[c, :, f].mean() - synthetic[c, :, f].mean()).item() ** 2 for c in range(2) for f in range(3)
-    )  # a slow recomputation
+def test_mean_gap_is_the_squared_distance_between_the_means():
+    real, synthetic = normal(6, 3), normal(4, 3, seed=1)
+    wanted = sum((real[:, f].mean() - synthetic[:, f].mean()).item() ** 2 for f in range(3))  # a slow recomputation
     assert mean_gap(real, synthetic).item() == pytest.approx(wanted, rel=1e-5)
 
 
@@ -67,7 +65,7 @@ def test_losses_have_the_slope_of_finite_differences(method):
 
     def loss(synthetic):
         if method == "distribution":
-            return mean_gap(network.body(real)[None], network.body(synthetic)[None])
+            return mean_gap(network.body(real), network.body(synthetic))
         wanted = loss_gradients(network, real, 1)
         return gradient_distance(wanted, loss_gradients(network, synthetic, 1, differentiable=True))
 
@@ -137,6 +135,20 @@ def test_head_logits_are_those_of_logistic_regression():
     assert np.allclose(torch.from_numpy(found).softmax(dim=1), oracle.predict_proba(scaled), atol=2e-3)
 
 
+def test_a_class_outside_the_sample_of_a_head_keeps_its_chance(monkeypatch):
+    monkeypatch.setattr("hfshrink.selection.nearest_rows.HEAD_ROWS", 10)
+    labels = (np.arange(2000) == 7).astype(int)
+    vectors = normal(2000, 2).numpy() + 20 * labels[:, None].astype(np.float32)
+    found = head_logits(Rows(vectors).centred(), labels, np.array([7, 8]), seed=0)
+    assert found.argmax(axis=1).tolist() == [1, 0]
+
+
+def test_head_logits_of_equal_rows_are_the_shares_of_the_classes():
+    labels = np.array([0, 0, 0, 1])
+    found = head_logits(Rows(np.zeros((4, 3), np.float32)), labels, np.arange(4), seed=0)
+    assert np.allclose(torch.from_numpy(found).softmax(dim=1), [[0.75, 0.25]] * 4, atol=1e-3)
+
+
 def learning(real, method="distribution", **changes):
     settings = {"steps": 60, "rate": 0.1, "batch_rows": 8, "seed": 3, **changes}
     return Learning(real, lambda seed: linear(3), method, **settings)
@@ -154,6 +166,19 @@ def test_linear_features_bring_the_synthetic_mean_to_the_class_mean():
     wanted = torch.stack([rows[:8].mean(dim=0), rows[8:].mean(dim=0)])
     assert torch.allclose(synthetic.mean(dim=1), wanted, atol=1e-2)
     assert losses[-1] < 1e-3 * losses[0]
+
+
+def test_a_draw_takes_all_rows_of_a_small_class_and_different_ones_of_a_large():
+    rows, real = real_rows()
+    assert torch.equal(real.draw(1, np.random.default_rng(0), 20), rows[8:])
+    assert len(torch.unique(real.draw(0, np.random.default_rng(0), 5), dim=0)) == 5
+
+
+def test_learning_needs_no_gradients_around_it():
+    _, real = real_rows()
+    with torch.inference_mode():
+        losses = learning(real, steps=40).run(2)[1]
+    assert losses[-1] < losses[0]
 
 
 def test_gradient_matching_lowers_its_loss():

@@ -56,6 +56,12 @@ def test_probes_without_labels_are_refused(rows, match):
         select(rows, 0.5, "el2n", embeddings=VECTORS)
 
 
+def test_equal_labels_alone_do_not_make_the_same_rows():
+    other = FEW.map(lambda row: {"sentence": f"another {row['text']}"}, remove_columns="text")
+    with pytest.raises(SettingError, match="held_out lacks the columns text"):  # not: the same rows
+        select(FEW, 0.5, "random", held_out=other)
+
+
 def test_held_out_rows_may_not_be_the_training_rows():
     with pytest.raises(SettingError, match="dataset and held_out are the same rows"):
         select(FEW, 0.5, "random", held_out=FEW.select(range(8)))

@@ -121,7 +121,7 @@ def test_bad_input_is_refused():
         hardest([1, 2, 3], 4)
     with pytest.raises(SettingError, match="scores of 2 rows are NaN or infinite, the first of row 1"):
         ccs([1, np.nan, np.inf], 1)
-    with pytest.raises(SettingError, match=r"one number for each row, got an array of shape \(2, 2\)"):
+    with pytest.raises(SettingError, match=r"one number for each row, got int64 of shape \(2, 2\)"):
         easiest([[1, 2], [3, 4]], 1)
     with pytest.raises(SettingError, match=r"cutoff must lie in \[0, 1\) and leave at least the 8 rows to keep of 10"):
         ccs(np.arange(10), 8, cutoff=0.3)

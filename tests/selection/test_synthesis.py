@@ -35,6 +35,11 @@ def with_pixels(values, kind="float32"):
     return Dataset.from_dict({"pixel_values": list(values), "label": CLASSES.tolist()}, features=features)
 
 
+def with_files(values):
+    images = [None if value is None else Pictures.fromarray(value) for value in values]
+    return Dataset.from_dict({"image": images, "label": CLASSES.tolist()}).cast_column("image", Image())
+
+
 @pytest.mark.parametrize("method", ["distribution", "gradient"])
 def test_texts_are_real_rows_with_soft_labels(method):
     subset = synthesize(TEXTS, 3, method, embeddings=POINTS, **QUICK)
@@ -116,6 +121,33 @@ def test_saved_and_loaded_learnt_subset_is_the_same(tmp_path):
         LearntSubset.load(tmp_path / "s", TEXTS)
 
 
+@pytest.mark.parametrize("rows", [PICTURES, with_pixels(GREY[:, None], "uint8")], ids=["files", "arrays"])
+def test_saved_and_loaded_images_are_the_same(rows, tmp_path, capsys):
+    synthetic = synthesize(rows, 1, **QUICK)
+    synthetic.save(tmp_path / "s")
+    loaded = Synthetic.load(tmp_path / "s")
+    assert loaded.dataset.features == synthetic.dataset.features == rows.features
+    column = rows.column_names[0]
+    assert np.array_equal(np.array(loaded.dataset[column][:]), np.array(synthetic.dataset[column][:]))
+    assert loaded.dataset["label"][:] == [0, 1]
+    assert loaded.report == synthetic.report
+    assert capsys.readouterr().err == ""  # no bars of datasets
+    with pytest.raises(CheckpointError, match="not empty"):
+        synthetic.save(tmp_path / "s")
+
+
+def test_broken_saved_images_are_told(tmp_path):
+    with pytest.raises(CheckpointError, match="Give the folder that Synthetic.save wrote"):
+        Synthetic.load(tmp_path)
+    synthesize(PICTURES, 1, **QUICK).save(tmp_path / "s")
+    PICTURES.select(range(3)).to_parquet(tmp_path / "s" / "rows.parquet")
+    with pytest.raises(CheckpointError, match="must hold 2 images, as the report says, got 3"):
+        Synthetic.load(tmp_path / "s")
+    (tmp_path / "s" / "rows.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CheckpointError, match="Can't read"):
+        Synthetic.load(tmp_path / "s")
+
+
 @pytest.mark.parametrize("method", ["distribution", "gradient"])
 def test_images_are_learned_in_their_own_form(method):
     synthetic = synthesize(PICTURES, 2, method, **QUICK)
@@ -144,7 +176,8 @@ def test_learned_images_match_their_class_in_fresh_networks_better_than_those_th
         pixels = torch.from_numpy((np.array(learned, dtype=np.float32) - scale.mean) / scale.deviation)
         bodies = [random_convnet((1, 8, 8), 2, 16, seed).body for seed in range(900, 920)]
         with torch.no_grad():
-            return sum(mean_gap(body(real).unflatten(0, (2, 20)), body(pixels)[:, None]).item() for body in bodies)
+            told = [(body(real).unflatten(0, (2, 20)), body(pixels)[:, None]) for body in bodies]
+            return sum(mean_gap(*pair).item() for ours, theirs in told for pair in zip(ours, theirs, strict=True))
 
     assert gap(steps=40) < 0.8 * gap(steps=1, rate=1e-9)
 
@@ -182,14 +215,41 @@ def test_normalized_pixels_have_mean_0_and_deviation_1():
     assert pixels.std() == pytest.approx(1, abs=1e-5)
 
 
+def test_a_sample_of_images_has_enough_of_a_small_class(monkeypatch):
+    monkeypatch.setattr("hfshrink.selection.synthesis.MOST_NUMBERS", 20 * 64)
+    rows = PICTURES.map(lambda row, place: {"label": int(place < 3)}, with_indices=True)
+    assert synthesize(rows, 3, **QUICK).dataset["label"][:] == [0, 0, 0, 1, 1, 1]
+
+
+def test_one_colour_image_among_grey_ones_makes_all_colour():
+    images = [Pictures.fromarray(image) for image in GREY]
+    images[39] = images[39].convert("RGBA")
+    rows = Dataset.from_dict({"image": images}).cast_column("image", Image())
+    assert read_images(rows, "image").pixels.shape == (40, 3, 8, 8)
+    assert read_images(rows.select(range(39)), "image").pixels.shape == (39, 1, 8, 8)
+
+
+def test_undecoded_images_are_read():
+    undecoded = PICTURES.cast_column("image", Image(decode=False))
+    assert np.array_equal(read_images(undecoded, "image").pixels, read_images(PICTURES, "image").pixels)
+
+
+def test_truth_values_stay_truth_values():
+    learned = synthesize(with_pixels((GREY > 100)[:, None], "bool"), 1, **QUICK).dataset["pixel_values"][:]
+    assert np.array(learned).dtype == bool
+
+
+def test_channels_that_never_change_are_learned_as_they_are():
+    values = GENERATOR.random((40, 2, 8, 8)).astype(np.float32)
+    values[:, 1] = 0.1
+    learned = np.array(synthesize(with_pixels(values), 2, **QUICK).dataset["pixel_values"][:], dtype=np.float32)
+    assert np.allclose(learned[:, 1], 0.1, atol=1e-6)
+
+
 def test_of_many_images_a_sample_is_read(monkeypatch):
     monkeypatch.setattr("hfshrink.selection.synthesis.MOST_NUMBERS", 20 * 64)
     synthetic = synthesize(PICTURES, 2, **QUICK)
     assert "Learned from a sample of 20 of the 40 images." in synthetic.report.notes
-
-
-def large():
-    return [Pictures.fromarray(np.zeros((65, 65), np.uint8))] * 40
 
 
 @pytest.mark.parametrize(
@@ -204,6 +264,9 @@ def large():
         (PICTURES, {"rate": -1}, "rate must be a number in"),
         (PICTURES, {"seed": -1}, "seed must be a whole number from 0 on, got -1"),
         (PICTURES, {"normalize": True}, "in the space of images does not know 'normalize'"),
+        (TEXTS, {"embeddings": POINTS, "normalize": "no"}, "normalize must be True, False or None, got 'no'"),
+        (with_files(GREY.astype(np.uint16)), {}, r"Image 0 has more than 8 bits a pixel \(mode 'I;16'\)"),
+        (with_files([*GREY[:39], None]), {}, "Image 39 is None"),
         (PICTURES, {"method": "trajectory"}, "method must be one of distribution, gradient, got 'trajectory'"),
         (PICTURES, {"model": "a", "embeddings": POINTS}, "Give either model= or embeddings=, got both"),
         (IterableDataset.from_generator(lambda: iter(())), {}, "got a streaming one"),
@@ -220,10 +283,14 @@ def test_bad_input_is_refused_before_work(rows, keywords, match):
 
 
 def test_images_of_different_shapes_are_refused():
-    images = [Pictures.fromarray(np.zeros((8, 8 + (i == 7)), np.uint8)) for i in range(40)]
-    rows = Dataset.from_dict({"image": images, "label": CLASSES.tolist()}).cast_column("image", Image())
-    with pytest.raises(SettingError, match=r"image 0 has \(8, 8\), image 7 \(8, 9\). Resize the images"):
+    rows = with_files([np.zeros((8, 8 + (i == 7)), np.uint8) for i in range(40)])
+    with pytest.raises(SettingError, match=r"image 0 has \(8, 8, 3\), image 7 \(8, 9, 3\). Resize the images"):
         synthesize(rows, 1)
+
+
+def test_equal_embeddings_teach_nothing():
+    subset = synthesize(TEXTS, 2, embeddings=np.ones((40, 6), np.float32), **QUICK)
+    assert np.allclose(subset.dataset["teacher_logits"][:], 0, atol=1e-3)
 
 
 def test_too_large_embeddings_are_told():

@@ -12,7 +12,7 @@ from hfshrink.generation import ExportedCausalLM
 from hfshrink.inputs import eval_mode, random_inputs
 from hfshrink.loading import infer_task
 from hfshrink.modules import accepted_inputs
-from hfshrink.quantization.graphs.exporting import export_float, fewer_rewrites, own_weights, quiet
+from hfshrink.quantization.graphs.exporting import drop_traces, export_float, fewer_rewrites, own_weights, quiet
 
 TRACED_PAST, TRACED_TOKENS = 6, 2  # both of them free at run time; 0 and 1 would be taken for constants
 
@@ -74,6 +74,7 @@ def export_decoder(model: Any) -> ExportedCausalLM:
     if hasattr(config, "quantization_config"):  # a layer map describes PyTorch modules, not this graph
         del config.quantization_config
     own_weights(exported)
+    drop_traces(exported)
     generation_config = copy.deepcopy(getattr(model, "generation_config", None))
     return ExportedCausalLM(exported.components, exported.export_format, config, generation_config)
 

@@ -47,7 +47,20 @@ def export_float(model: Any, processor: Any = None) -> Any:
     if hasattr(exported.config, "quantization_config"):  # a layer map describes PyTorch modules, not this graph
         del exported.config.quantization_config
     own_weights(exported)
+    drop_traces(exported)
     return exported
+
+
+def drop_traces(exported: Any) -> None:
+    """Take out what a fresh export notes in each node: the source files that made it, with this machine's paths."""
+    import onnx_ir
+
+    for component in exported.components.values():
+        program = component.program
+        for graph in (program.graph, *program.functions.values()):
+            for node in onnx_ir.traversal.RecursiveGraphIterator(graph):
+                for name in [name for name in node.metadata_props if name.endswith("stack_trace")]:
+                    del node.metadata_props[name]
 
 
 def own_weights(exported: Any) -> None:
