@@ -55,7 +55,8 @@ def data_title(data: Any) -> str:
     if isinstance(data, str | Path):
         path = Path(data)
         return path.name if path.is_absolute() or path.exists() else str(path)
-    return type(data).__name__
+    info = getattr(data, "info", None)
+    return getattr(info, "dataset_name", None) or type(data).__name__
 
 
 def encode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,10 @@ from hfshrink.terminal import table
 
 COMPUTED = frozenset({"parameters", "nonzero_parameters", "macs", "memory_bytes"})
 """Fields of `Measurement` that are counted from tensors and shapes; all others are measured by running."""
+
+
+LOWER_IS_BETTER = {"perplexity", "mse", "rmse", "mae", "loss", "wer", "cer", "error", "distance", "divergence"}
+"""Words in the names of metrics that fall when a model gets better; all others rise."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,16 @@ class Measurement:
 
     def __str__(self) -> str:
         return table(("what", "value", "how"), self.rows())
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a metric falls when a model gets better, by a word of its name that is in `LOWER_IS_BETTER`.
+
+    Example:
+        >>> is_lower_better("eval_loss"), is_lower_better("accuracy")
+        (True, False)
+    """
+    return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
 
 
 def megabytes(size: float) -> str:

@@ -1,5 +1,6 @@
 """What every test shares: no network, one seed, two threads (one where tests run side by side)."""
 
+import gc
 import os
 
 os.environ.update(
@@ -11,6 +12,12 @@ import torch
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 collect_ignore = [f"{room}/training/ddp_run.py" for room in ("distillation", "pruning", "quantization")]  # scripts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_stays():
+    """A Trainer collects garbage in every run: of what the libraries made at their import there is none."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

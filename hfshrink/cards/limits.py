@@ -7,6 +7,7 @@ from typing import Any
 
 from hfshrink.cards.model_tables import both_sides, many_zeros
 from hfshrink.cards.rendering import MOST_ROWS, is_number, mapping, mappings, number, plain, safe_table
+from hfshrink.measurement import is_lower_better
 from hfshrink.record import CompressionReport, StepRecord
 
 MOST_REASONS = 10  # of one step
@@ -58,11 +59,21 @@ def _flips(comparison: Mapping[str, Any]) -> Iterable[str]:
     before, after = worst.get("recall_a"), worst.get("recall_b")
     if is_number(before) and is_number(after) and after < before:
         yield f"The class {plain(worst.get('name'))} lost most: its recall fell from {before:.4f} to {after:.4f}."
-    low, high = comparison.get("low"), comparison.get("high")
-    if is_number(high) and high < 0:
-        yield f"{plain(comparison.get('metric'))} fell beyond chance: the 95 % interval ends at {high:+.4f}."
-    elif is_number(low) and is_number(high) and low < 0:
-        yield f"The sample can't rule out a fall of {plain(comparison.get('metric'))} by {-low:.4f}."
+    yield from _falls(str(comparison.get("metric")), comparison.get("low"), comparison.get("high"))
+
+
+def _falls(metric: str, low: Any, high: Any) -> Iterable[str]:
+    """What the interval of compressed − base says, if the compressed side may be worse."""
+    if not is_number(low) or not is_number(high):
+        return
+    rises = is_lower_better(metric)
+    worst = high if rises else -low
+    moved, change = ("rose", "rise") if rises else ("fell", "fall")
+    if (low > 0) if rises else (high < 0):
+        end = f"begins at {low:+.4f}" if rises else f"ends at {high:+.4f}"
+        yield f"{plain(metric)} {moved} beyond chance: the 95 % interval {end}."
+    elif worst > 0:
+        yield f"The sample can't rule out a {change} of {plain(metric)} by {worst:.4f}."
 
 
 def _groups(report: CompressionReport) -> Iterable[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfshrink.cards.licences import check_license, known_license
-from hfshrink.cards.rendering import one_line, without_folder
+from hfshrink.cards.rendering import one_line, plain, without_folder
 from hfshrink.cards.snippets import EXPORTS
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.measurement import Score
@@ -67,7 +67,7 @@ def model_card_data(report: CompressionReport, title: str, tier: str, base_card:
         "base_model_relation": _relation(report) if base else None,
         "library_name": LIBRARIES.get(tier, "transformers"),
         "pipeline_tag": _line(report.details.get("task")),
-        "datasets": training_datasets(report) or None,
+        "datasets": [name for name in training_datasets(report) if is_hub_id(name)] or None,
         "metrics": sorted({_line(score.metric) for score in report.compressed.scores}) or None,
         "eval_results": results or None,
         "model_name": title if results else None,
@@ -110,13 +110,19 @@ def read_card_data(source: str | Path, **hub: Any) -> Any:
 
 
 def training_datasets(report: CompressionReport) -> list[str]:
-    """Hub ids of the data that the model was trained on: the record's `datasets`, and the source of its `subset`."""
+    """Names of the data that the model was trained on: the record's `datasets`, and the source of its `subset`."""
     named = report.details.get("datasets")
     subset = report.details.get("subset")
     names = [named] if isinstance(named, str) else list(named) if isinstance(named, list | tuple) else []
     if isinstance(subset, Mapping):
         names += [subset.get("repo_id"), subset.get("data")]
-    return list(dict.fromkeys(name for name in names if is_hub_id(name)))
+    return list(dict.fromkeys(name for name in names if isinstance(name, str) and name))
+
+
+def dataset_link(name: str) -> str:
+    """A data set's name, with a link where it is a Hub id."""
+    shown = plain(without_folder(name))
+    return f"[{shown}](https://huggingface.co/datasets/{name})" if is_hub_id(name) else shown
 
 
 def _check(given: Mapping[str, Any]) -> None:

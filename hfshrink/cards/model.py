@@ -20,7 +20,7 @@ from hfshrink.cards.dataset_tables import (
 from hfshrink.cards.licences import license_sentences
 from hfshrink.cards.limits import group_table, limit_sentences
 from hfshrink.cards.merging import marked
-from hfshrink.cards.metadata import is_hub_id, model_card_data, training_datasets
+from hfshrink.cards.metadata import dataset_link, is_hub_id, model_card_data, training_datasets
 from hfshrink.cards.model_tables import compared_table, step_table, training_table
 from hfshrink.cards.opening import base_links, made_title, opening_sentence
 from hfshrink.cards.plots import read_plots
@@ -95,7 +95,7 @@ def model_card(
         steps=step_table(record),
         snippets=[load_snippet(task, tier, repo_id), *export_snippets(task, exports, repo_id)],
         training=training_table(record),
-        datasets=[f"[{plain(name)}](https://huggingface.co/datasets/{name})" for name in training_datasets(record)],
+        datasets=[dataset_link(name) for name in training_datasets(record)],
         subset=_subset_parts(record),
         limits=limit_sentences(record),
         groups=group_table(record),

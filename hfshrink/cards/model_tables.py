@@ -215,8 +215,8 @@ def _paired_rows(comparison: Mapping[str, Any]) -> Iterable[Row]:
         change = number(get("difference"), "+.4f") + interval
         yield f"{get('metric')}{where}", number(get("a"), ".4f"), number(get("b"), ".4f"), change, "measured"
     share = get("agreement")
-    agreement = f"{100 * share:.1f} %" if is_number(share) else NOT_MEASURED
-    yield f"same answer as the base{where}", "", agreement, "", "measured"
+    if is_number(share):  # of language models it is not defined
+        yield f"same answer as the base{where}", "", f"{100 * share:.1f} %", "", "measured"
     worst = get("worst_class")
     if isinstance(worst, Mapping):
         a, b = worst.get("recall_a"), worst.get("recall_b")

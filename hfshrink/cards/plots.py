@@ -134,14 +134,14 @@ def _scored_sizes(report: CompressionReport) -> list[tuple[str, float, Score]]:
 def _size_drawing(pairs: Sequence[tuple[str, float, Score]]) -> Any:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for name, size, score in pairs:
+        for above, (name, size, score) in enumerate(pairs):  # one label above its point, one below: both may be near
             value = score.value or 0.0
             ends = None if score.low is None or score.high is None else [[value - score.low], [score.high - value]]
             axes.errorbar([size], [value], yerr=ends, marker="o", linestyle="none", capsize=3)
-            axes.annotate(name, (size, value), (6, 6), textcoords="offset points")
+            axes.annotate(name, (size, value), (6, 6 if above else -14), textcoords="offset points")
         axes.set_xlim(0, 1.2 * max(size for _, size, _ in pairs))
         axes.set_xlabel("weight files (MB)")
-        axes.set_ylabel(_as_text(pairs[0][2].title))
+        axes.set_ylabel(_as_text(pairs[0][2].metric))
 
     return draw
 

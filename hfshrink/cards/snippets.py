@@ -102,10 +102,12 @@ def load_snippet(task: str, tier: str, repo_id: str | None = None) -> Snippet:
     task = task if task in TASKS else "feature-extraction"
     place = literal(repo_id or PLACE)
     if tier in EXPORTS:
-        lines = _cached_export(repo_id, place) if task == "text-generation" else _export(task, tier, place)
+        lines = _cached_export(place) if task == "text-generation" else _export(task, tier, place)
     else:
         lines = _transformers(task, tier, place)
-    needs = NEEDS[tier] if task != "image-classification" else f"{NEEDS[tier][:-2]} pillow torchvision`."
+    more = {"image-classification": " pillow torchvision"}.get(task, "")
+    more += " hfshrink" if task == "text-generation" and tier in EXPORTS else ""
+    needs = f"{NEEDS[tier][:-2]}{more}`."
     return Snippet("\n".join([*lines, *_run(task)]), needs)
 
 
@@ -144,14 +146,9 @@ def _export(task: str, tier: str, place: str) -> list[str]:
     ]
 
 
-def _cached_export(repo_id: str | None, place: str) -> list[str]:
+def _cached_export(place: str) -> list[str]:
     """Its graph takes a key-value cache: `hfshrink.load` brings `generate`."""
-    download = ["from huggingface_hub import snapshot_download", ""] if repo_id else []
-    return [
-        "import hfshrink",
-        *(download or [""]),
-        f"model, processor = hfshrink.load({f'snapshot_download({place})' if repo_id else place})",
-    ]
+    return ["import hfshrink", "", f"model, processor = hfshrink.load({place})"]
 
 
 def _image_import(task: str) -> list[str]:

@@ -8,7 +8,6 @@ form and is recomputed.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +20,6 @@ from hfshrink.evaluation.tags import tag_counts
 
 Values = dict[str, Any]
 """name -> value, or array of values over the leading axes of the sums."""
-
-LOWER_IS_BETTER = {"perplexity", "mse", "rmse", "mae", "loss", "wer", "cer", "error", "distance", "divergence"}
-"""Words in the names of metrics that fall when a model gets better; all others rise."""
 
 
 @dataclass(frozen=True)
@@ -244,16 +240,6 @@ DEFAULTS: dict[str, tuple[Measure, ...]] = {
     "features": (),
 }
 """kind of output -> its metrics; the first value of the first is the main one."""
-
-
-def is_lower_better(metric: str) -> bool:
-    """Whether a metric falls when a model gets better, by a word of its name that is in `LOWER_IS_BETTER`.
-
-    Example:
-        >>> is_lower_better("eval_loss"), is_lower_better("accuracy")
-        (True, False)
-    """
-    return not LOWER_IS_BETTER.isdisjoint(re.split(r"[^a-z]+", metric.lower()))
 
 
 def top_measure(k: int) -> Measure:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from hfshrink.calibration import ModuleStatistics
 from hfshrink.errors import BudgetError, SettingError
 from hfshrink.evaluation import evaluate
-from hfshrink.evaluation.measures import is_lower_better
 from hfshrink.factorization.allocation import LEAST_SHARE, Allocation, Size, budget_ranks
 from hfshrink.factorization.drops import ranks_for_drop
 from hfshrink.factorization.factors import decompose
@@ -21,6 +20,7 @@ from hfshrink.factorization.sites import factored, matrix, takes_rows
 from hfshrink.factorization.statistics import row_weights
 from hfshrink.factorization.tails import comparable_tails
 from hfshrink.layers import CompressedLayer
+from hfshrink.measurement import is_lower_better
 from hfshrink.modules import replace_module
 
 LEAST_SHARE_OF_LOSS = 0.5

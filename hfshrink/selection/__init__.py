@@ -10,14 +10,13 @@ from hfshrink.selection.run import select
 from hfshrink.selection.selection_report import SelectionReport
 from hfshrink.selection.subset import Subset
 from hfshrink.selection.synthesis import synthesize
-from hfshrink.selection.synthetic import LearntSubset, Synthetic
+from hfshrink.selection.synthetic import Synthetic
 
 __all__ = [
     "Coverage",
     "DataMap",
     "DataMapCallback",
     "LabelError",
-    "LearntSubset",
     "SelectionReport",
     "Subset",
     "Synthetic",

@@ -41,6 +41,38 @@ def class_budgets(labels: ArrayLike, size: int, minimum: int = 1) -> dict[Any, i
     return dict(zip(classes.tolist(), share_out(counts, size, minimum).tolist(), strict=True))
 
 
+def budgets_left(labels: ArrayLike, left: ArrayLike, size: int) -> dict[Any, int]:
+    """Rows that each class keeps when some rows have left already: in proportion to all of its rows, as far as it can.
+
+    Args:
+        labels: (n,) classes of all rows.
+        left: Row numbers that may be kept.
+        size: Rows to keep of those.
+
+    Returns:
+        label -> rows to keep, none above those that are left; the values add up to `size`.
+
+    Raises:
+        SettingError: Labels that are no classes, or more rows asked for than are left.
+
+    Example:
+        >>> budgets_left([0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4], 4), budgets_left([0, 0, 0, 1, 1, 1], [0, 1, 2, 3], 4)
+        ({0: 2, 1: 2}, {0: 3, 1: 1})
+    """
+    labels = check_labels(labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    check_size(size, len(np.asarray(left)))
+    room = np.array([(labels[np.asarray(left)] == name).sum() for name in classes])
+    full = room == 0
+    while True:
+        shares = room.copy()
+        shares[~full] = share_out(counts[~full], size - int(room[full].sum()), minimum=1)
+        over = shares > room
+        if not over.any():
+            return dict(zip(classes.tolist(), shares.tolist(), strict=True))
+        full |= over
+
+
 def share_out(counts: ArrayLike, size: int, minimum: int = 0) -> NDArray[np.int64]:
     """Divide `size` among groups in proportion to their counts: the method of largest remainders (Hamilton's).
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfshrink.errors import SettingError
-from hfshrink.selection.budgets import class_budgets
+from hfshrink.selection.budgets import budgets_left
 from hfshrink.selection.contents import RowTexts
 from hfshrink.selection.deduplication import find_duplicates, find_overlap, without_duplicates
 from hfshrink.selection.embeddings import embed
@@ -98,7 +98,8 @@ def without_hardest(request: Request, candidates: Indices, scores: NDArray[np.fl
         groups = [(np.arange(len(candidates)), size)]
     else:
         mine = strata[candidates]
-        groups = [(np.flatnonzero(mine == name), budget) for name, budget in class_budgets(mine, size).items()]
+        budgets = budgets_left(strata, candidates, size).items()
+        groups = [(np.flatnonzero(mine == name), budget) for name, budget in budgets]
     left = []
     for rows, budget in groups:
         dropped = min(int(cutoff * len(rows) + 1e-9), len(rows) - budget)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hfshrink.record import model_name
 from hfshrink.selection.blockwise import BLOCK_NUMBERS, Rows
+from hfshrink.selection.budgets import budgets_left
 from hfshrink.selection.contents import is_text
 from hfshrink.selection.dangers import measure_coverage
 from hfshrink.selection.embeddings import embed
@@ -132,11 +133,12 @@ class Selection:
         with self._timed("scores"):
             scores, origin = read_scores(request, name, self.vectors)
         size = min(request.size, len(candidates))
-        if choice.cutoff and name is not None and scores is not None:
-            candidates = without_hardest(request, candidates, MEASURES[name].towards_harder(scores), choice.cutoff)
+        harder = None if name is None or scores is None else MEASURES[name].towards_harder(scores)
+        if choice.cutoff and harder is not None:
+            candidates = without_hardest(request, candidates, harder, choice.cutoff)
         options = self._options(choice, size, len(candidates))
         with self._timed("selection"):
-            indices = candidates[self._pick(choice, candidates, size, scores, name, options)]
+            indices = candidates[self._pick(choice, candidates, size, harder, options)]
         found = {"duplicates": duplicates, "held_out": held_out, "score": name, "scored_by": origin}
         with self._timed("coverage"):
             covered = measure_coverage(request, indices, self._vectors)
@@ -194,15 +196,33 @@ class Selection:
         choice: Choice,
         candidates: NDArray[np.int64],
         size: int,
-        scores: NDArray[np.float64] | None,
-        name: str | None,
+        harder: NDArray[np.float64] | None,
         options: dict[str, Any],
     ) -> NDArray[np.int64]:
-        """Positions in `candidates`, rising."""
-        method, strata = METHODS[choice.method], self.request.labels.strata
-        labels = None if strata is None else strata[candidates]
-        if method.measure is not None and name is not None and scores is not None:
-            return method.pick(MEASURES[name].towards_harder(scores)[candidates], size, labels=labels, **options)
+        """Positions in `candidates`, rising; each class keeps its share of all rows, whatever has left before."""
+        strata = self.request.labels.strata
+        if strata is None or len(candidates) == len(strata):
+            return self._pick_from(choice, candidates, size, strata, harder, options)
+        parts = []
+        for stratum, budget in budgets_left(strata, candidates, size).items():
+            rows = np.flatnonzero(strata[candidates] == stratum)
+            if 0 < budget < len(rows):
+                rows = rows[self._pick_from(choice, candidates[rows], budget, None, harder, options)]
+            parts.append(rows if budget else rows[:0])
+        return np.sort(np.concatenate(parts))
+
+    def _pick_from(
+        self,
+        choice: Choice,
+        candidates: NDArray[np.int64],
+        size: int,
+        labels: NDArray[Any] | None,
+        harder: NDArray[np.float64] | None,
+        options: dict[str, Any],
+    ) -> NDArray[np.int64]:
+        method = METHODS[choice.method]
+        if method.measure is not None and harder is not None:
+            return method.pick(harder[candidates], size, labels=labels, **options)
         if not method.embeddings:
             return method.pick(len(candidates), size, labels=labels, **options)
         with tempfile.TemporaryDirectory(prefix="hfshrink-", ignore_cleanup_errors=True) as folder:

@@ -19,7 +19,7 @@ from hfshrink.selection.selection_report import SelectionReport
 if TYPE_CHECKING:
     from datasets import Dataset
 
-INDICES_FILE, SCORES_FILE, REPORT_FILE = "indices.npy", "scores.npy", "report.json"
+INDICES_FILE, SCORES_FILE, LEARNT_FILE, REPORT_FILE = "indices.npy", "scores.npy", "learnt.npy", "report.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +32,15 @@ class Subset:
         scores: (n,) of **all** rows of the full data set, the measure `report.score` with its paper's sign; None where
             the method needs none.
         report: How the subset was made. `print(subset)` shows it.
+        learnt: (size, d) float32, of `synthesize` the learned embedding that each row stands for, in the coordinates
+            of the embeddings (of unit length where those were normalized); else None.
     """
 
     dataset: Dataset
     indices: NDArray[np.int64]
     scores: NDArray[np.float64] | None
     report: SelectionReport
+    learnt: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -46,7 +49,7 @@ class Subset:
         return str(self.report)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write `indices.npy`, `scores.npy` and `report.json`: what it takes to make the subset again, not the rows.
+        """Write `indices.npy`, `scores.npy`, `learnt.npy` and `report.json`: what the subset is made of, not the rows.
 
         Args:
             folder: Missing or empty.
@@ -57,8 +60,9 @@ class Subset:
         """
         with save_aside(folder, overwrite) as aside:
             np.save(aside / INDICES_FILE, self.indices, allow_pickle=False)
-            if self.scores is not None:
-                np.save(aside / SCORES_FILE, self.scores, allow_pickle=False)
+            for name, array in ((SCORES_FILE, self.scores), (LEARNT_FILE, self.learnt)):
+                if array is not None:
+                    np.save(aside / name, array, allow_pickle=False)
             text = json.dumps(self.report.to_dict(), indent=2, allow_nan=False)
             (aside / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
@@ -81,9 +85,10 @@ class Subset:
         if not rising:
             raise CheckpointError(f"{folder / INDICES_FILE} must hold rising row numbers in 0..{report.rows - 1}.")
         scores = _read_array(folder / SCORES_FILE, "f", report.rows) if (folder / SCORES_FILE).exists() else None
+        learnt = _read_array(folder / LEARNT_FILE, "f", report.size, 2) if (folder / LEARNT_FILE).exists() else None
         check_rows(dataset, report.rows, report.columns, "subset", must_share=True)
         indices = indices.astype(np.int64)
-        return cls(dataset.select(indices), indices, scores, report)
+        return cls(dataset.select(indices), indices, scores, report, learnt)
 
 
 def _read_json(path: Path) -> Any:
@@ -97,12 +102,14 @@ def _read_json(path: Path) -> Any:
         ) from None
 
 
-def _read_array(path: Path, kind: str, length: int) -> Any:
+def _read_array(path: Path, kind: str, length: int, dimensions: int = 1) -> Any:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise CheckpointError(f"Can't read {path}: {error}. It is half-written or corrupt.") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind != kind or array.shape != (length,):
-        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise CheckpointError(f"{path} must hold {length:,} numbers, as the report says, got {found}.")
+    is_array = isinstance(array, np.ndarray)
+    if not is_array or array.dtype.kind != kind or array.ndim != dimensions or len(array) != length:
+        found = f"{array.dtype} of shape {array.shape}" if is_array else "an archive"
+        what = "numbers" if dimensions == 1 else "vectors"
+        raise CheckpointError(f"{path} must hold {length:,} {what}, as the report says, got {found}.")
     return np.array(array)

@@ -28,7 +28,8 @@ from hfshrink.selection.request import EMBED_OPTIONS
 from hfshrink.selection.row_classes import Classes, read_classes
 from hfshrink.selection.run import hub_source
 from hfshrink.selection.selection_report import ClassShare, SelectionReport
-from hfshrink.selection.synthetic import LearntSubset, Synthetic
+from hfshrink.selection.subset import Subset
+from hfshrink.selection.synthetic import Synthetic
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +59,7 @@ def synthesize(  # noqa: PLR0913
     cache_dir: str | Path | None = None,
     seed: int = 0,
     **options: Any,
-) -> LearntSubset | Synthetic:
+) -> Subset | Synthetic:
     """Learn a few examples of each class that stand for all of it. One seed gives one result.
 
     `"distribution"` moves synthetic rows until their mean equals the real rows' mean in the features of ever new
@@ -149,7 +150,7 @@ class Synthesis:
         self.classes.notes.append("The rows are learned images, not rows of the data set.")
         return Synthetic(rows, self._report({"synthesis": details}, None))
 
-    def embeddings(self, embeddings: NDArray[Any], model: str | None) -> LearntSubset:
+    def embeddings(self, embeddings: NDArray[Any], model: str | None) -> Subset:
         """Learn embeddings and take real rows for them."""
         if self.settings["normalize"] is None:
             self.settings["normalize"] = is_text(self.rows, row_texts(self.rows, self.settings.get("text_columns")))
@@ -172,7 +173,7 @@ class Synthesis:
             logits = head_logits(view, self.classes.numbers, indices, self.seed)
             rows, details["teacher"] = self._with_logits(rows, logits)
         report = self._report(details, model)
-        return LearntSubset(rows, indices, None, report, learnt.astype(np.float32))
+        return Subset(rows, indices, None, report, learnt.astype(np.float32))
 
     def _sample(self, column: str) -> NDArray[np.int64] | None:
         """Row numbers of as many images as fit into memory; None where all do."""

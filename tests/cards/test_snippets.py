@@ -137,7 +137,7 @@ def test_a_recorded_tier_goes_before_a_guess_but_not_before_an_export():
 def test_the_repository_stands_in_the_snippet():
     report = CompressionReport("a/b", (step("quantize", "onnx-int8"),), details={"task": "text-generation"})
     code = model_card(report, repo_id="me/small", exports=["onnx/onnx-int8"]).content
-    assert 'hfshrink.load(snapshot_download("me/small"))' in code
+    assert 'hfshrink.load("me/small")' in code
     assert 'ExportedModel.from_pretrained("me/small", subfolder="onnx/onnx-int8")' in code
     assert "path/to/this/model" not in code
 

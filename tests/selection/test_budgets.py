@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hfshrink.errors import SettingError
-from hfshrink.selection.budgets import by_class, class_budgets, random_subset, share_out
+from hfshrink.selection.budgets import budgets_left, by_class, class_budgets, random_subset, share_out
 
 
 def test_largest_remainders_by_hand():
@@ -99,3 +99,22 @@ def test_labels_that_are_no_classes_are_refused():
         class_budgets([0, None, 1], 2)
     with pytest.raises(SettingError, match=r"as many as the rows \(4\), got 3"):
         random_subset(4, 3, labels=[0, 1, 1])
+
+
+def test_budgets_of_what_is_left_add_up_and_leave_no_class_out():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        classes = int(rng.integers(1, 6))
+        n = int(rng.integers(classes, 60))
+        labels = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
+        left = np.sort(rng.choice(n, int(rng.integers(classes, n + 1)), replace=False))
+        size = int(rng.integers(classes, len(left) + 1))
+        budgets = budgets_left(labels, left, size)
+        room = {name: int((labels[left] == name).sum()) for name in range(classes)}
+        assert sum(budgets.values()) == size
+        assert all(bool(room[name]) <= budgets[name] <= room[name] for name in range(classes))
+
+
+def test_budgets_follow_all_rows_where_enough_of_each_class_is_left():
+    labels, left = np.repeat([0, 1], 50), np.concatenate([np.arange(50), np.arange(50, 80)])
+    assert budgets_left(labels, left, 40) == {0: 20, 1: 20} != class_budgets(labels[left], 40)

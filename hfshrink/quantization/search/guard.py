@@ -10,7 +10,7 @@ from typing import Any
 
 from hfshrink.errors import SettingError
 from hfshrink.evaluation import evaluate
-from hfshrink.evaluation.measures import is_lower_better
+from hfshrink.measurement import is_lower_better
 from hfshrink.quantization.perturbations import perturbation
 from hfshrink.sensitivity import measure_sensitivity
 
