@@ -54,7 +54,10 @@ bench: $(VENV)/ready  ## The tables of README and docs, measured anew (hours on 
 	$(RUN) benchmarks/factorization_speed.py --time --cost
 	$(RUN) benchmarks/factorization_streaming.py
 	$(RUN) benchmarks/selection.py
+	$(RUN) benchmarks/selection_dangers.py
 	$(RUN) benchmarks/selection_synthesis.py
+	$(RUN) benchmarks/selection_training.py
+	$(RUN) benchmarks/selection_scale.py
 	$(RUN) benchmarks/read_by_optimum.py runs/main_job/seed-0/int8
 	$(MAKE) docs
 
