@@ -93,8 +93,8 @@ def selection_summary() -> str:
             rows.append((data["title"].partition(",")[0], size, *(f"{score:.1f}" for score in scores), gain, full))
     header = ("data", "kept", *methods[:3], "hardest (EL2N)", "auto", "auto − random [95 %]", "all rows")
     note = (
-        "Test accuracy in %, means of five seeds, logistic regression on frozen embeddings. Random rows are stratified "
-        "by class. All fifteen methods, a second head, macro F1 and worst classes: "
+        "Test accuracy in %, means of five seeds, logistic regression on frozen embeddings. Random rows are "
+        "stratified by class. All fifteen methods, a second head, macro F1 and worst classes: "
         "[the whole grid](../benchmarks/results/selection.md)."
     )
     return f"{table(header, rows)}\n\n{note}"
