@@ -42,6 +42,7 @@ def test_readme_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     assert shared["card"].data.library_name == "onnx"
     assert "McNemar" in capsys.readouterr().out
     shared["test"].save_to_disk("path/to/test-data")
+    shared["reviews"].save_to_disk("path/to/rows")
     commands = next(block for block in snippets("bash") if block.startswith("hfshrink")).splitlines()
     for command in commands:
         words = command.split()
@@ -112,7 +113,7 @@ def test_the_page_on_selection_runs_from_top_to_bottom(tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize(("name", "shown"), [("pruning", 3), ("factorization", 4), ("dataset_distillation", 1)])
+@pytest.mark.parametrize(("name", "shown"), [("pruning", 3), ("factorization", 4), ("dataset_distillation", 5)])
 def test_the_example_runs(name, shown):
     """On real weights and rows, of which there must be a copy or a package index."""
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick"]

@@ -108,6 +108,7 @@ def select(  # noqa: PLR0913
         >>> select(rows, 0.5, "herding", embeddings=points).dataset["label"][:]
         [0, 1]
     """
+    seed = int(seed) if isinstance(seed, np.integer) else seed
     settings = Settings(method, fraction, size, stratify, deduplicate, seed, dict(options))
     sources = Sources(model, processor, embeddings, scores, data_map, held_out, cache_dir)
     return Selection(read_request(dataset, settings, sources)).run()
