@@ -167,7 +167,7 @@ def _cost(found):
     lines = []
     for name, row in calls.items():
         base = forward if name in ("forward pass", "collecting statistics") else svd
-        growth = f"{row['peak_growth_bytes'] / 1e6:.0f}"
+        growth = f"{max(0, row['peak_growth_bytes']) / 1e6:.0f}"
         lines.append((name, f"{row['cpu_s']:.1f}", f"{row['cpu_s'] / base:.2f}×", growth))
         if name == "factorize, whitened":
             rest = row["cpu_s"] - calls["statistics for it"]["cpu_s"]
