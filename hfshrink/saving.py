@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -16,6 +17,9 @@ from typing import Any
 
 from hfshrink.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"  # in a folder that one process writes to at a time
 MAX_CONFIG_BYTES = 64 * 2**20  # a larger config.json is no config
 LEFTOVER_SECONDS = 24 * 3600  # what a killed run left is removed after a day: until then it may be alive
 
@@ -165,3 +169,32 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path, keyword: str = "cache_dir") -> Iterator[None]:
+    """Hold a folder, which is made; another process that wants it waits here.
+
+    Args:
+        folder: Which.
+        keyword: The name that the caller gave it by, for the message.
+
+    Raises:
+        CheckpointError: It can't be written.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            logger.warning("%s is in use; waiting for the other process to finish.", folder)
+            lock.acquire()
+    except OSError as error:
+        raise CheckpointError(f"Can't write in {folder}: {error}. Choose another {keyword}.") from error
+    try:
+        yield
+    finally:
+        lock.release()

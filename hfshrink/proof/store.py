@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.saving import MAX_CONFIG_BYTES, save_aside, write_text
-from hfshrink.selection.caching import locked
+from hfshrink.saving import MAX_CONFIG_BYTES, locked, save_aside, write_text
 
 FORMAT_VERSION = 1
 ABOUT_FILE, RUN_FILE, RUNS = "proof.json", "run.json", "runs"

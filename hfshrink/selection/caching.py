@@ -19,13 +19,13 @@ from torch import nn
 from hfshrink.digests import digest_of, weights_digest
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.record import config_of, versions
-from hfshrink.saving import write_text
+from hfshrink.saving import locked, write_text
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 1000  # rows whose content is in memory at once
 BLOCK_BYTES = 2**26  # of an array
-ARRAY_FILE, ABOUT_FILE, LOCK = "embeddings.npy", "embeddings.json", ".lock"
+ARRAY_FILE, ABOUT_FILE = "embeddings.npy", "embeddings.json"
 NO_CONTENT = (
     *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "hfshrink", "dtype", "torch_dtype"),
     *("id2label", "label2id", "problem_type", "use_cache", "output_hidden_states", "output_attentions", "return_dict"),
@@ -172,35 +172,6 @@ def _processor_settings(part: Any) -> dict[str, Any]:
         rules = dict(json.loads(backend.to_str())) if backend is not None else part.get_vocab()
         return own | {"rules": {n: v for n, v in rules.items() if n not in ("truncation", "padding")}}  # of last call
     return own | {"settings": part.to_dict() if hasattr(part, "to_dict") else {}}
-
-
-@contextlib.contextmanager
-def locked(folder: Path, keyword: str = "cache_dir") -> Iterator[None]:
-    """Hold a folder, which is made; another process that wants it waits here.
-
-    Args:
-        folder: Which.
-        keyword: The name that the caller gave it by, for the message.
-
-    Raises:
-        CheckpointError: It can't be written.
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            logger.warning("%s is in use; waiting for the other process to finish.", folder)
-            lock.acquire()
-    except OSError as error:
-        raise CheckpointError(f"Can't write in {folder}: {error}. Choose another {keyword}.") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @dataclass(frozen=True)

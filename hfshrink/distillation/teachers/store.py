@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from hfshrink.distillation.teachers.fingerprints import differences
 from hfshrink.errors import CheckpointError
-from hfshrink.saving import MAX_CONFIG_BYTES, write_text
+from hfshrink.saving import LOCK, MAX_CONFIG_BYTES, locked, write_text
 
 Row = dict[str, NDArray[Any]]
 
@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "cache.json"
-LOCK = ".lock"
 TABLES = "tables"
 KEY_BYTES = 16
 SHARD_BYTES = 32 * 2**20  # a finished shard survives a kill: small enough to lose little, large enough to be few
@@ -62,29 +61,15 @@ def open_store(folder: str | Path, settings: dict[str, Any]) -> Iterator[Store]:
     Raises:
         CheckpointError: The folder is something else, was made with other settings, or can't be written.
     """
-    from filelock import FileLock, Timeout
-
     path = Path(folder).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; cache_dir must be a folder.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            logger.warning("%s is in use; waiting for the other process to finish.", path)
-            lock.acquire()
-    except OSError as error:
-        raise CheckpointError(f"Can't write in {path}: {error}. Choose another cache_dir.") from error
-    try:
+    with locked(path):
         store = Store(path, _join(path, settings), settings["answers"])
         try:
             yield store
         finally:
             store.flush()
-    finally:
-        lock.release()
 
 
 class Store:
