@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hfshrink.errors import CheckpointError, SettingError
 from hfshrink.record import versions
 from hfshrink.selection.caching import array_digest
+from hfshrink.selection.selection_report import plain_json
 from hfshrink.terminal import table
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Proof:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as it goes into a subset's report."""
-        return {"format_version": FORMAT_VERSION, **_plain(self)}
+        return {"format_version": FORMAT_VERSION, **plain_json(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Proof:
@@ -258,16 +258,3 @@ def _scores(data: Mapping[str, Any]) -> Scores:
 
 def _interval(data: Mapping[str, Any]) -> Interval:
     return Interval(**data)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: numbers that are no finite ones become None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | int | float) else str(value)[:200]

@@ -121,7 +121,6 @@ class Selection:
         self.request = request
         self.seconds: dict[str, float] = {}
         self._vectors = request.sources.embeddings
-        self._running: list[str] = []
 
     def run(self) -> Subset:
         """All stages."""

@@ -113,7 +113,7 @@ class SelectionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as it stands in `report.json`."""
-        named = {item.name: _plain(getattr(self, item.name)) for item in dataclasses.fields(self)}
+        named = {item.name: plain_json(getattr(self, item.name)) for item in dataclasses.fields(self)}
         return {"format_version": FORMAT_VERSION, **named, "fraction": self.fraction}
 
     @classmethod
@@ -210,16 +210,16 @@ def _duplicates(found: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """What JSON can hold: dataclasses as dicts, arrays as their shape, numbers that are no finite ones as None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {item.name: plain_json(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, np.generic):
-        return _plain(value.item())
+        return plain_json(value.item())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)[:200]

@@ -1,4 +1,4 @@
-"""Subsets by score: the hardest, the easiest, those nearest to a value, and coverage-centric selection over strata.
+"""Subsets by score: the easiest, those nearest to a value, and coverage-centric selection over strata.
 
 Scores are (n,), one number a row; by convention the higher, the harder (EL2N, GraNd, forgetting events). Turn a score
 that runs the other way (AUM, confidence) around by its sign. Every function returns rising row numbers; with labels
@@ -112,11 +112,8 @@ def fill_up(counts: ArrayLike, size: int) -> Indices:
     return shares
 
 
-def hardest(scores: ArrayLike, size: int, labels: ArrayLike | None = None) -> Indices:
-    """The rows of the highest scores; the earlier of equal ones.
-
-    Where little is kept these are label errors and rarities: below half of the rows it loses to random rows
-    (arXiv:2210.15809).
+def easiest(scores: ArrayLike, size: int, labels: ArrayLike | None = None) -> Indices:
+    """The rows of the lowest scores; the earlier of equal ones.
 
     Args:
         scores: (n,), the higher, the harder.
@@ -125,16 +122,6 @@ def hardest(scores: ArrayLike, size: int, labels: ArrayLike | None = None) -> In
 
     Raises:
         SettingError: A size out of range, NaN, labels that don't match.
-
-    Example:
-        >>> hardest([0.1, 0.9, 0.5], 2).tolist()
-        [1, 2]
-    """
-    return easiest(-check_scores(scores), size, labels)
-
-
-def easiest(scores: ArrayLike, size: int, labels: ArrayLike | None = None) -> Indices:
-    """The rows of the lowest scores; the earlier of equal ones. Arguments as for `hardest`.
 
     Example:
         >>> easiest([0.1, 0.9, 0.5], 2).tolist()
@@ -159,7 +146,7 @@ def closest_to(
         seed: Of the draw among equally near rows.
 
     Raises:
-        SettingError: As for `hardest`, or a value that is no number.
+        SettingError: As for `easiest`, or a value that is no number.
 
     Example:
         >>> closest_to([0.0, 0.5, 1.0, 0.6], 2).tolist()

@@ -13,7 +13,7 @@ from hfshrink.selection.methods import (
     light_cutoff,
     random_rows,
 )
-from hfshrink.selection.strata import hardest
+from hfshrink.selection.strata import easiest
 
 EVERYTHING = {"has_scores": True, "has_embeddings": True}
 
@@ -38,7 +38,7 @@ def test_each_method_names_its_source_and_a_known_measure(name):
 def test_hardest_rows_without_cutoff_are_the_hardest():
     scores = np.random.default_rng(0).random(40)
     labels = np.arange(40) % 3
-    assert hardest_rows(scores, 13, labels=labels).tolist() == hardest(scores, 13, labels).tolist()
+    assert hardest_rows(scores, 13, labels=labels).tolist() == easiest(-scores, 13, labels).tolist()
 
 
 def test_cutoff_leaves_the_highest_of_each_class_out():

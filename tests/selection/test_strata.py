@@ -5,7 +5,8 @@ import pytest
 
 from hfshrink.errors import SettingError
 from hfshrink.selection.budgets import class_budgets
-from hfshrink.selection.strata import ccs, closest_to, easiest, fill_up, hardest, stratum_numbers
+from hfshrink.selection.methods import hardest_rows as hardest
+from hfshrink.selection.strata import ccs, closest_to, easiest, fill_up, stratum_numbers
 
 
 def scores(n=200, seed=0):
