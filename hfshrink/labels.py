@@ -67,6 +67,26 @@ def check_class_labels(labels: Sequence[Any], num_labels: int) -> None:
         )
 
 
+def check_class_order(names: Sequence[Any], config: Any, what: str) -> None:
+    """Refuse numbers of classes whose names the model has in another order: it would learn other classes.
+
+    Args:
+        names: Those of the classes 0, 1, …; where the model has other names nothing is known, and nothing is refused.
+        config: The model's.
+        what: What has the names, for the error.
+
+    Raises:
+        SettingError: The model's names are the same, in another order.
+    """
+    ours = [str(config.id2label[number]) for number in range(config.num_labels)]
+    first, second = ([str(name).casefold() for name in group] for group in (names, ours))
+    if first != second and sorted(first) == sorted(second):
+        raise SettingError(
+            f"{what} {list(names)}, in this order, and the model's are {ours}. Make the model with the same order: "
+            "id2label=dict(enumerate(names)), label2id={name: number, …}."
+        )
+
+
 def _name_mapping(names: Sequence[str], config: Any) -> dict[int, int]:
     unnamed = all(name == f"LABEL_{index}" for name, index in config.label2id.items())
     if unnamed and len(names) == len(config.label2id):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import tiny
 from hfshrink import load, report
-from hfshrink.cli import app
+from hfshrink.cli import app, main
 
 
 @pytest.fixture
@@ -169,3 +169,12 @@ def test_errors_are_one_line():
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+def test_errors_speak_of_options_not_of_keywords(teacher, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hfshrink", "prune", str(teacher), str(teacher), "--sparsity", "0.5"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    said = capsys.readouterr().err
+    assert "pass --overwrite to replace it" in said and "overwrite=" not in said

@@ -83,6 +83,12 @@ def test_distillation_trainer_takes_the_rows_as_they_are(taught, tmp_path):
     assert student.config.hfshrink["history"][-1]["technique"] == "distill"
 
 
+def test_students_whose_classes_are_in_another_order_are_refused(taught, tmp_path):
+    student = named(tiny.model("bert", num_labels=2), ["good", "bad"])
+    with pytest.raises(SettingError, match=r"'labels' has the classes \['bad', 'good'\], in this order"):
+        DistillationTrainer(student, settings(tmp_path), train_dataset=taught.dataset)
+
+
 def test_student_with_another_tokenizer_encodes_the_text_anew(taught, tmp_path):
     rows = taught.dataset.select_columns(["text", "labels", "teacher_logits"])
     rows = rows.map(lambda row: {"input_ids": [5 + len(word) for word in row["text"].split()]})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -35,10 +37,26 @@ def read_options(pairs: list[str], title: str = "--option", example: str = "grou
     return found
 
 
+def in_options(message: str, options: Iterable[str]) -> str:
+    """An error's advice in the words of the command: its keywords as options, `overwrite=True` as `--overwrite`.
+
+    Example:
+        >>> in_options("pass model= or method='random', or set overwrite=True", ["--model", "--method", "--overwrite"])
+        'pass --model or --method random, or set --overwrite'
+    """
+    for option in options:
+        keyword = option.removeprefix("--").replace("-", "_")
+        message = re.sub(rf"\b{keyword}=(?!True\b)'?([\w.-]*\w)'?", rf"{option} \1", message)
+        message = re.sub(rf"\b{keyword}=(True\b)?", option, message)
+    return message
+
+
 def main() -> None:
     """Run a command; errors of ours become one line and exit code 1."""
     try:
         app()
     except HfshrinkError as error:
-        typer.echo(f"error: {error}", err=True)
+        command = typer.main.get_command(app).commands.get(sys.argv[1])  # type: ignore[attr-defined]
+        options = [] if command is None else [option for param in command.params for option in param.opts]
+        typer.echo(f"error: {in_options(str(error), [o for o in options if o.startswith('--')])}", err=True)
         sys.exit(1)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hfshrink.errors import SettingError, UnsupportedModelError
-from hfshrink.labels import find_label_column
+from hfshrink.labels import check_class_order, find_label_column
 from hfshrink.loading import infer_task, load
 from hfshrink.record import config_of, model_name
 from hfshrink.saving import read_config
@@ -192,11 +192,4 @@ def check_answer_order(subset: Any, networks: Networks) -> None:
     """
     report = getattr(subset, "report", None)
     about = getattr(report, "details", {}).get("teacher") or {}
-    config: Any = config_of(networks.first)
-    theirs, ours = about.get("labels") or [], [str(config.id2label[number]) for number in range(config.num_labels)]
-    first, second = ([str(name).casefold() for name in names] for names in (theirs, ours))
-    if first != second and sorted(first) == sorted(second):
-        raise SettingError(
-            f"The teacher's answers are of the classes {theirs}, in this order, and the model's are {ours}. Make the "
-            "model with the answers' order: id2label=dict(enumerate(names)), label2id={name: number, …}."
-        )
+    check_class_order(about.get("labels") or [], config_of(networks.first), "The teacher's answers are of the classes")

@@ -176,7 +176,7 @@ def scores_of(target: Target, model: nn.Module, pruning: Pruning) -> Tensor:
 
 def _magnitude(target: Target, model: nn.Module) -> Tensor:
     if target.group is None:
-        return target.masks[0].full().abs()
+        return target.masks[0].full().abs_()
     return scores.unit_magnitude([*unit_slices(model, target.group.writes), *_reads(target)])
 
 
