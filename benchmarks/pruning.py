@@ -44,10 +44,11 @@ class Arm:
         name: Of its folder.
         title: In the table.
         pruning: Settings of `Pruning`; None trains the dense model on.
-        epochs: Passes over the 3,000 labelled rows.
+        epochs: Passes over the 3,000 labelled rows, or as many steps on more rows.
         seeds: How many.
         taught: Whether the dense model teaches.
         rates: Learning rates to choose from.
+        rows: What it learns from: "train", the labelled rows, or "transfer", rows without labels as well.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Arm:
     seeds: int = 1
     taught: bool = True
     rates: tuple[float, ...] = RATES
+    rows: str = "train"
 
 
 HALF, THIRD = {"sparsity": 0.5, "structure": "heads+neurons"}, {"sparsity": 2 / 3, "structure": "heads+neurons"}
@@ -74,6 +76,24 @@ ARMS = (
     Arm("weights-70", "70 % of the weights, magnitude", {"sparsity": 0.7}, rates=(1e-4,)),
     Arm("weights-90", "90 % of the weights, magnitude", {"sparsity": 0.9}, 10, 3, rates=(1e-4,)),
     Arm("weights-90-faster", "90 % of the weights, magnitude", {"sparsity": 0.9}, 10, 3, rates=(3e-4, 5e-4)),
+    Arm(
+        "weights-90-transfer",
+        "90 % of the weights, magnitude",
+        {"sparsity": 0.9},
+        10,
+        3,
+        rates=(3e-4,),
+        rows="transfer",
+    ),
+    Arm(
+        "weights-90-early",
+        "90 % of the weights, magnitude, gone by half time",
+        {"sparsity": 0.9, "cooldown": 0.5},
+        10,
+        3,
+        rates=(3e-4,),
+        rows="transfer",
+    ),
     Arm(
         "movement-90",
         "90 % of the weights, movement from magnitudes",
@@ -115,7 +135,7 @@ def run(arm, rate, seed):
         teacher = teacher_of(movie, seed)
         rows, how = subject.rows["train"], {"trainer": CompressionTrainer}
         if arm.taught:
-            rows = taught_rows(movie, "train", seed)
+            rows = taught_rows(movie, arm.rows, seed)
             how |= {"teacher": teacher, "losses": [LogitLoss(temperature=2.0)], "label_weight": 0.5}
         if arm.pruning is not None:
             how["pruning"] = Pruning(**arm.pruning)
@@ -172,6 +192,7 @@ def numbers(arm, dense_macs):
         "title": arm.title,
         "pruning": arm.pruning,
         "taught": arm.taught,
+        "rows": arm.rows,
         "epochs": arm.epochs,
         "seeds": arm.seeds,
         "rates": tried,
@@ -195,6 +216,7 @@ def render(arms):
     rows = [("nothing (the dense model)", "", "", f"{np.mean(dense):.4f}, 3 seeds", "", "22.71 M", "1.00")]
     for arm in found.values():
         how = "labels + dense model" if arm["taught"] else "labels"
+        how += ", more rows" * (arm["rows"] == "transfer")
         score = f"{np.mean(arm['accuracy']):.4f}, {arm['seeds']} seed{'s' * (arm['seeds'] > 1)}"
         size = f"{arm['parameters'] / 1e6:.2f} M"
         epochs = f"{arm['epochs']}, {arm['rate']:g}"

@@ -177,4 +177,5 @@ def test_errors_speak_of_options_not_of_keywords(teacher, tmp_path, monkeypatch,
         main()
     assert stopped.value.code == 1
     said = capsys.readouterr().err
-    assert "pass --overwrite to replace it" in said and "overwrite=" not in said
+    assert "pass --overwrite to replace it" in said
+    assert "overwrite=" not in said

@@ -28,7 +28,7 @@ LEARNING_RATE, WEIGHT_DECAY = 0.05, 0.01  # the rate is divided by √d: a step 
 
 @dataclass(frozen=True, eq=False)
 class Dynamics:
-    """How several probes saw each row over their epochs; means over the runs, in the formulas of `difficulty`.
+    """How several probes saw each row over their epochs; means over the runs.
 
     Attributes:
         confidence: Mean of p_y (cartography, arXiv:2009.10795), (n,).

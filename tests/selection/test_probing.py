@@ -7,16 +7,8 @@ from datasets import Dataset
 
 from hfshrink.errors import SettingError
 from hfshrink.selection import blockwise, probing
-from hfshrink.selection.difficulty import (
-    aum,
-    cartography,
-    el2n,
-    forgetting,
-    grand_last_layer,
-    h_score,
-    probabilities_of,
-)
 from hfshrink.selection.probing import train_probes
+from tests.selection.formulas import aum, cartography, el2n, forgetting, grand_last_layer, h_score, probabilities_of
 
 ROWS, WIDTH, CLASSES = 60, 6, 3
 
@@ -61,6 +53,18 @@ def test_each_score_is_its_formula_on_the_logits(probes):
     assert dynamics.grand == pytest.approx(grand_last_layer(probabilities[:, 0], labels, scaled), rel=1e-3)
     assert len(dynamics) == ROWS
     assert dynamics.runs == 2
+
+
+def test_the_formula_of_grand_is_the_norm_of_the_gradient_that_autograd_finds():
+    vectors, labels = clouds()
+    features, layer = torch.from_numpy(vectors).double(), torch.nn.Linear(WIDTH, CLASSES).double()
+    found, answers = [], layer(features)
+    for row in range(ROWS):
+        loss = torch.nn.functional.cross_entropy(answers[row], torch.tensor(labels[row]))
+        gradients = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+        found.append(float(torch.cat([part.flatten() for part in gradients]).norm()))
+    probabilities = probabilities_of(answers.detach().numpy()[None])
+    assert grand_last_layer(probabilities, labels, features.numpy()) == pytest.approx(found)
 
 
 @pytest.mark.parametrize("hidden", [None, 8])
