@@ -56,6 +56,7 @@ bench: $(VENV)/ready  ## The tables of README and docs, measured anew (hours on 
 	$(RUN) benchmarks/selection.py
 	$(RUN) benchmarks/selection_dangers.py
 	$(RUN) benchmarks/selection_synthesis.py
+	$(RUN) benchmarks/selection_choice.py
 	$(RUN) benchmarks/selection_training.py
 	$(RUN) benchmarks/selection_scale.py
 	$(RUN) benchmarks/read_by_optimum.py runs/main_job/seed-0/int8

@@ -95,6 +95,14 @@ ARMS = (
         rows="transfer",
     ),
     Arm(
+        "weights-90-fisher",
+        "90 % of the weights, fisher",
+        {"sparsity": 0.9, "method": "fisher"},
+        10,
+        3,
+        rates=(3e-4,),
+    ),
+    Arm(
         "movement-90",
         "90 % of the weights, movement from magnitudes",
         {"sparsity": 0.9, "method": "movement"},

@@ -11,23 +11,6 @@ import hfshrink
 from hfshrink.terminal import table
 
 ROOT = Path(__file__).resolve().parent.parent
-PRUNING = tuple(f"pruning{part}" for part in ("", "_oneshot", "_speed", "_language", "_channels", "_overhead"))
-QUANTIZATION = tuple(
-    f"quantization{part}"
-    for part in (
-        "",
-        "_nodes",
-        "_calibration",
-        "_generation",
-        "_streaming",
-        "_mixed",
-        "_training",
-        "_torchao",
-        "_executorch",
-    )
-)
-FACTORIZATION = tuple(f"factorization{part}" for part in ("", "_language", "_speed", "_streaming"))
-SELECTION = tuple(f"selection_{part}" for part in ("synthesis", "training", "scale"))
 
 
 def api_page() -> str:
@@ -49,16 +32,13 @@ def signature_of(thing: object) -> str:
 
 
 def results(name: str) -> str:
-    """The Markdown of a benchmark, or nothing before it has run."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.md"
-    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+    """The Markdown of a benchmark."""
+    return (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip()
 
 
 def distillation_summary() -> str:
     """One row a subject: what each way of teaching adds to the same student without a teacher."""
     path = ROOT / "benchmarks" / "results" / "distillation.json"
-    if not path.is_file():
-        return ""
     rows = []
     for task in json.loads(path.read_text(encoding="utf-8"))["tasks"].values():
         arms = dict(task["arms"])
@@ -81,8 +61,6 @@ def distillation_summary() -> str:
 def selection_summary() -> str:
     """One row a data set and share: random rows, three methods, the hardest rows, and auto with its interval."""
     path = ROOT / "benchmarks" / "results" / "selection.json"
-    if not path.is_file():
-        return ""
     methods, rows = ("random", "kmeans", "herding", "el2n", "auto"), []
     for data in json.loads(path.read_text(encoding="utf-8"))["data"].values():
         arms = {name: data["arms"][name]["sizes"] for name in ("full", *methods)}
@@ -111,13 +89,19 @@ def difference(interval: list[float], points: bool) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def with_tables(path: Path, texts: dict[str, str]) -> str:
-    """A page with what stands between the markers of each name taken from the results."""
-    page = path.read_text(encoding="utf-8")
-    for name, text in texts.items():
-        marked = rf"(<!-- {name}:.*?-->\n).*?(<!-- end -->)"
-        page = re.sub(marked, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
-    return page
+SUMMARIES = {"distillation": distillation_summary, "selection": selection_summary}
+"""Names of markers whose table is not that of the benchmark of the same name."""
+
+
+def with_tables(path: Path) -> str:
+    """A page with what stands between its markers, `<!-- name: generated …` to `<!-- end -->`, from the results."""
+
+    def fresh(found: re.Match[str]) -> str:
+        text = SUMMARIES[found[2]]() if found[2] in SUMMARIES else results(found[2])
+        return f"{found[1]}{text}\n{found[3]}"
+
+    marked = r"(<!-- (\w+): generated.*?-->\n).*?(<!-- end -->)"
+    return re.sub(marked, fresh, path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def main() -> None:
@@ -125,23 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    guides = {
-        name: ROOT / "docs" / f"{name}.md"
-        for name in ("distillation", "pruning", "quantization", "factorization", "selection")
-    }
-    texts = {
-        "distillation": {"distillation": distillation_summary()},
-        "pruning": {name: results(name) for name in PRUNING},
-        "quantization": {name: results(name) for name in QUANTIZATION},
-        "factorization": {name: results(name) for name in FACTORIZATION},
-        "selection": {"selection": selection_summary(), **{name: results(name) for name in SELECTION}},
-    }
-    pages = {
-        ROOT / "docs" / "api.md": api_page(),
-        readme: with_tables(readme, {"main_job": results("main_job")}),
-        **{path: with_tables(path, texts[name]) for name, path in guides.items()},
-    }
+    guides = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = {path: with_tables(path) for path in guides} | {ROOT / "docs" / "api.md": api_page()}
     for path, text in pages.items():
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue

@@ -16,7 +16,8 @@ from hfshrink.selection.strata import CUTOFF, KEPT, ccs, check_scores, closest_t
 Indices = NDArray[np.int64]
 Scores = NDArray[np.float64]
 FEW_ROWS = 20  # rows a class up to which clustering gains most over random rows (table of arXiv:2404.00264)
-MOST_DROPPED = 0.05  # of the hardest rows, where half or more are kept
+MANY = 0.2  # share of rows from which on random rows are hard to beat, once the hardest have left
+MOST_DROPPED = 0.05  # of the hardest rows, where so many are kept
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,12 @@ class Choice:
     Attributes:
         method: Key of `METHODS`.
         why: Why `"auto"` chose it; empty where the caller did.
-        light: Whether only a small share of the hardest rows leaves, see `light_cutoff`.
         deduplicate: Whether near-duplicates leave first.
         cutoff: Share of the hardest rows (of each class) that leaves before a method that ranks by nothing.
     """
 
     method: str
     why: str = ""
-    light: bool = False
     deduplicate: bool = False
     cutoff: float = 0.0
 
@@ -179,12 +178,12 @@ NAMES = (*METHODS, "auto")
 def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embeddings: bool) -> Choice:
     """The method of `"auto"`: by the share of rows that is kept, and by what there is to judge rows with.
 
-    From half of the rows on, little is lost: rows that say the same and the few hardest (label errors) leave, the rest
-    is drawn by coverage. Below that coverage-centric selection (arXiv:2210.15809), since hardest rows alone lose to
-    random ones there. Below 10 %, or at few rows a class, the rows nearest to the centroids of k-means
-    (arXiv:2404.00264: 10 points above random rows at 20 a class and fewer). A wrong label among so few rows weighs
-    much, and k-means does not see it: where there are scores the hardest rows leave first, as many as coverage-centric
-    selection drops at that share.
+    From a fifth of the rows on, random rows are hard to beat: the few hardest (label errors) leave, from half of the
+    rows on those that say the same as others too, and the rest is drawn. Below that coverage-centric selection
+    (arXiv:2210.15809), since hardest rows alone lose to random ones there. Below 10 %, or at few rows a class, the
+    rows nearest to the centroids of k-means (arXiv:2404.00264: 10 points above random rows at 20 a class and fewer).
+    A wrong label among so few rows weighs much, and k-means does not see it: where there are scores the hardest rows
+    leave first, as many as coverage-centric selection drops at that share.
 
     Args:
         kept: Share of rows kept, in (0, 1].
@@ -196,8 +195,9 @@ def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embedd
         SettingError: There is neither.
 
     Example:
-        >>> choose_method(0.3, 500, has_scores=True, has_embeddings=True).method
-        'ccs'
+        >>> choice = choose_method(0.3, 500, has_scores=True, has_embeddings=True)
+        >>> choice.method, choice.cutoff
+        ('random', 0.05)
         >>> choose_method(0.01, 10, has_scores=True, has_embeddings=True).method
         'kmeans'
     """
@@ -207,16 +207,7 @@ def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embedd
             "rows), embeddings= (an array of one vector a row), data_map= or scores=. method='random' needs none."
         )
     share = f"{100 * kept:.3g} % of the rows are kept"
-    if kept >= 0.5:
-        leaves = "near-duplicates leave first" if has_embeddings else "without embeddings near-duplicates stay"
-        if has_scores:
-            hardest = f"so does the hardest share (at most {MOST_DROPPED:.0%})"
-            why = f"{share}, half or more: {leaves}, {hardest}, the others are drawn by coverage of the scores"
-            return Choice("ccs", why, light=True, deduplicate=has_embeddings)
-        return Choice(
-            "random", f"{share}, half or more, and no scores: {leaves}, the others are drawn", deduplicate=True
-        )
-    if (kept < 0.1 or per_class < FEW_ROWS) and has_embeddings:
+    if has_embeddings and (kept < 0.1 or (per_class < FEW_ROWS and kept < 0.5)):
         few = f"{share}, below 10 %" if kept < 0.1 else f"{share}, under {FEW_ROWS} a class"
         why = f"{few}: the rows nearest to the centroids of each class stand for the others"
         if not has_scores:
@@ -227,16 +218,14 @@ def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embedd
             f"{why}, after the hardest {cutoff:.0%} of each class, label errors above all, have left",
             cutoff=cutoff,
         )
-    if has_scores:
-        return Choice("ccs", f"{share}, below half: coverage of the scores, without the hardest rows")
-    return Choice("kmeans", f"{share}, and without labels there are no scores: the rows nearest to the centroids")
-
-
-def light_cutoff(size: int, candidates: int) -> float:
-    """The share of hardest rows that leaves where half or more are kept: 5 %, or half of what leaves at all.
-
-    Example:
-        >>> light_cutoff(50, 100), light_cutoff(30, 32)
-        (0.05, 0.03125)
-    """
-    return min(MOST_DROPPED, (1 - size / candidates) / 2)
+    if has_scores and kept < MANY:
+        return Choice("ccs", f"{share}, below {MANY:.0%}: coverage of the scores, without the hardest rows")
+    if not has_scores and kept < 0.5:
+        return Choice("kmeans", f"{share}, and without labels there are no scores: the rows nearest to the centroids")
+    many = "half or more" if kept >= 0.5 else f"{MANY:.0%} or more"
+    cutoff = min(MOST_DROPPED, (1 - kept) / 2) if has_scores else 0.0
+    leave = [f"the hardest {100 * cutoff:.3g} % of each class"] if has_scores else []
+    if kept >= 0.5:
+        leave.append("near-duplicates" if has_embeddings else "equal rows (near-duplicates need embeddings)")
+    why = f"{share}, {many}: {' and '.join(leave)} leave first, the others are drawn"
+    return Choice("random", why, deduplicate=kept >= 0.5, cutoff=cutoff)

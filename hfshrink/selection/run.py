@@ -19,7 +19,7 @@ from hfshrink.selection.budgets import budgets_left
 from hfshrink.selection.contents import is_text
 from hfshrink.selection.dangers import measure_coverage
 from hfshrink.selection.embeddings import embed
-from hfshrink.selection.methods import MEASURES, METHODS, Choice, choose_method, light_cutoff
+from hfshrink.selection.methods import MEASURES, METHODS, Choice, choose_method
 from hfshrink.selection.removal import overlap_with, remove_duplicates, without_hardest
 from hfshrink.selection.request import EMBED_OPTIONS, Request, Settings, Sources, read_request
 from hfshrink.selection.scoring import measure_name, read_scores
@@ -136,7 +136,7 @@ class Selection:
         harder = None if name is None or scores is None else MEASURES[name].towards_harder(scores)
         if choice.cutoff and harder is not None:
             candidates = without_hardest(request, candidates, harder, choice.cutoff)
-        options = self._options(choice, size, len(candidates))
+        options = self._options(choice)
         with self._timed("selection"):
             indices = candidates[self._pick(choice, candidates, size, harder, options)]
         found = {"duplicates": duplicates, "held_out": held_out, "score": name, "scored_by": origin}
@@ -179,12 +179,10 @@ class Selection:
             has_embeddings=source.has_embeddings,
         )
 
-    def _options(self, choice: Choice, size: int, candidates: int) -> dict[str, Any]:
+    def _options(self, choice: Choice) -> dict[str, Any]:
         """The keywords of the pure function, but for labels."""
         request, method = self.request, METHODS[choice.method]
         options = request.settings.given(*method.takes)
-        if choice.light:
-            options["cutoff"] = light_cutoff(size, candidates)
         if method.seeded:
             options["seed"] = request.settings.seed
         if method.normalized:
@@ -233,6 +231,8 @@ class Selection:
     ) -> SelectionReport:
         request, settings = self.request, self.request.settings
         asked = {"fraction": settings.fraction, "size": settings.size, "stratify": settings.stratify}
+        if choice.cutoff:
+            options = {**options, "cutoff": choice.cutoff}
         rows = request.rows
         source, revision = hub_source(rows)
         return SelectionReport(

@@ -10,7 +10,6 @@ from hfshrink.selection.methods import (
     Measure,
     choose_method,
     hardest_rows,
-    light_cutoff,
     random_rows,
 )
 from hfshrink.selection.strata import easiest
@@ -85,10 +84,13 @@ def test_values_that_a_measure_can_not_have_are_refused():
 @pytest.mark.parametrize(
     ("kept", "per_class", "method", "why"),
     [
-        (0.8, 1000, "ccs", "80 % of the rows are kept, half or more: near-duplicates leave first"),
-        (0.5, 1000, "ccs", "half or more"),
-        (0.499, 1000, "ccs", "below half: coverage of the scores"),
-        (0.1, 1000, "ccs", "10 % of the rows are kept, below half"),
+        (0.8, 1000, "random", "80 % of the rows are kept, half or more: the hardest 5 % of each class and near-dup"),
+        (0.98, 10, "random", "the hardest 1 % of each class and near-duplicates leave first"),
+        (0.5, 1000, "random", "half or more"),
+        (0.499, 1000, "random", "20% or more: the hardest 5 % of each class leave first, the others are drawn"),
+        (0.2, 1000, "random", "20 % of the rows are kept, 20% or more"),
+        (0.199, 1000, "ccs", "below 20%: coverage of the scores"),
+        (0.1, 1000, "ccs", "10 % of the rows are kept, below 20%"),
         (0.099, 1000, "kmeans", "below 10 %: the rows nearest to the centroids"),
         (0.3, 5, "kmeans", "under 20 a class"),
     ],
@@ -97,9 +99,10 @@ def test_auto_follows_the_kept_share_and_says_so(kept, per_class, method, why):
     choice = choose_method(kept, per_class, **EVERYTHING)
     assert choice.method == method
     assert why in choice.why
-    assert choice.light == choice.deduplicate == (kept >= 0.5)
+    assert choice.deduplicate == (kept >= 0.5)
     assert choice.measure == "el2n"
-    assert choice.cutoff == (0 if method == "ccs" else pytest.approx({0.099: 0.3, 0.3: 0.1}[kept]))
+    cutoff = {"random": min(0.05, (1 - kept) / 2), "ccs": 0, "kmeans": {0.099: 0.3, 0.3: 0.1}.get(kept)}
+    assert choice.cutoff == pytest.approx(cutoff[method])
 
 
 @pytest.mark.parametrize(("kept", "method"), [(0.9, "random"), (0.3, "kmeans"), (0.01, "kmeans")])
@@ -107,19 +110,13 @@ def test_auto_without_labels_goes_without_scores(kept, method):
     assert choose_method(kept, 100, has_scores=False, has_embeddings=True).method == method
 
 
-def test_auto_without_embeddings_covers_the_scores():
-    choices = [choose_method(kept, 100, has_scores=True, has_embeddings=False) for kept in (0.9, 0.3, 0.01)]
-    assert [choice.method for choice in choices] == ["ccs"] * 3
-    assert not any(choice.deduplicate for choice in choices)
+def test_auto_without_embeddings_goes_by_the_scores():
+    choices = [choose_method(kept, 100, has_scores=True, has_embeddings=False) for kept in (0.9, 0.3, 0.1, 0.01)]
+    assert [choice.method for choice in choices] == ["random", "random", "ccs", "ccs"]
+    assert [choice.deduplicate for choice in choices] == [True, False, False, False]  # of equal rows
+    assert "near-duplicates need embeddings" in choices[0].why
 
 
 def test_auto_with_nothing_to_judge_by_says_what_to_pass():
     with pytest.raises(SettingError, match="pass model=.*embeddings=.*data_map= or scores=.*'random' needs none"):
         choose_method(0.3, 10, has_scores=False, has_embeddings=False)
-
-
-def test_light_cutoff_never_takes_more_than_leaves():
-    for size in range(1, 101):
-        cutoff = light_cutoff(size, 100)
-        assert 0 <= cutoff <= 0.05
-        assert size <= 100 - int(cutoff * 100 + 1e-9)
