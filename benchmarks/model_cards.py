@@ -82,7 +82,7 @@ CARDS = {
     SUBSET: {
         "license": "mit",
         "language": "en",
-        "story": "30 % of 6,000 training rows, as examples/dataset_distillation.py picks them; the embeddings are "
+        "story": "30 % of 3,000 training rows, as examples/dataset_distillation.py picks them; the embeddings are "
         "those of sentence-transformers/all-MiniLM-L6-v2, which has seen none of the labels.",
         "data": [{**MOVIES, "use": "the rows that were picked from; test rows were only searched for copies"}],
     },
