@@ -81,7 +81,6 @@ ARMS = (
         "90 % of the weights, magnitude",
         {"sparsity": 0.9},
         10,
-        3,
         rates=(3e-4,),
         rows="transfer",
     ),
@@ -89,6 +88,13 @@ ARMS = (
         "weights-90-even",
         "90 % of the weights of each layer, magnitude",
         {"sparsity": 0.9, "scope": "module"},
+        10,
+        rates=(3e-4,),
+    ),
+    Arm(
+        "movement-90-faster",
+        "90 % of the weights, movement from magnitudes",
+        {"sparsity": 0.9, "method": "movement"},
         10,
         3,
         rates=(3e-4,),
@@ -115,9 +121,15 @@ ARMS = (
 PAIRS = (
     ("movement-90", "weights-90"),
     ("weights-90-faster", "weights-90"),
+    ("movement-90-faster", "weights-90-faster"),
+    ("weights-90-transfer", "weights-90-faster"),
+    ("weights-90-even", "weights-90-faster"),
     ("movement-zero-90", "weights-90"),
     ("half-taylor", "half-alone"),
     ("half-taylor", "half-magnitude"),
+    ("half-taylor", "dense"),
+    ("third-taylor", "dense"),
+    ("weights-70", "dense"),
 )
 """What is compared besides each arm with the dense model."""
 

@@ -1,8 +1,8 @@
-"""How `"auto"` was chosen between a tenth and a half of the rows: candidates, fine-tuned, on rows that are no test rows.
+"""How `"auto"` was chosen at a tenth and at 30 % of the rows: candidates, fine-tuned, and judged by no test row.
 
-MiniLM-L6 on subsets of the movie reviews, as in selection_training.py, but with draws of other seeds, and judged by the
-validation rows and the rows of the pool that a seed did not draw. Every run keeps which rows it got right in
-runs/selection/choice and is skipped when it is there. One thread per process.
+MiniLM-L6 on subsets of the movie reviews, as in selection_training.py, but with draws of other seeds. The rows that
+judge are the validation rows and those of the pool that a seed did not draw. Every run keeps which rows it got right
+in runs/selection/choice and is skipped when it is there. One thread per process.
 """
 
 import argparse
@@ -41,8 +41,12 @@ WAYS = {
     "drop10-kmeans": (0.1, "kmeans"),
 }
 """Candidate -> (share of each class's hardest rows, by EL2N, that leaves first; what picks among the others)."""
-SEEDS = {0.3: {"random": 5, "ccs": 5, "drop5": 5}, 0.1: {"random": 2, "ccs": 2}}
-FIRST_SEED, OTHERS = 10, 2  # none of the seeds of selection_training.py; so many for what is not named above
+COUNTS = {
+    0.3: dict.fromkeys(WAYS, 2) | {"random": 5, "ccs": 5, "drop5": 5},
+    0.1: {"random": 2, "ccs": 2, "drop5": 1, "drop30": 1},
+}
+"""Share kept -> candidate -> seeds; the first runs told which were worth more."""
+FIRST_SEED = 10  # none of the seeds of selection_training.py
 
 
 def pick(way, size, seed):
@@ -64,9 +68,13 @@ def pick(way, size, seed):
     return left[picked]
 
 
+def path_of(fraction, way, seed):
+    return KEPT / f"{fraction}-{way}-{seed}.npy"
+
+
 def run(fraction, way, seed):
     """Booleans (rows,): which of the judging rows a trained model got right."""
-    path = KEPT / f"{fraction}-{way}-{seed}.npy"
+    path = path_of(fraction, way, seed)
     if not path.is_file():
         data = movie()
         indices = pick(way, round(fraction * data.drawn), seed)
@@ -94,21 +102,29 @@ def main():
     options = parser.parse_args()
     be_quiet()
     found, lines = {}, []
-    for fraction, counts in SEEDS.items():
-        for way, (cutoff, method) in WAYS.items():
-            seeds = range(FIRST_SEED, FIRST_SEED + counts.get(way, OTHERS))
-            if options.render:
-                seeds = [seed for seed in seeds if (KEPT / f"{fraction}-{way}-{seed}.npy").is_file()]
-            accuracy = {seed: 100 * float(run(fraction, way, seed).mean()) for seed in seeds}
+    for fraction, counts in COUNTS.items():
+        for way, count in counts.items():
+            seeds = range(FIRST_SEED, FIRST_SEED + count)
+            paths = [path_of(fraction, way, seed) for seed in seeds]
+            if options.render and not all(path.is_file() for path in paths):
+                continue
+            accuracy = [100 * float(run(fraction, way, seed).mean()) for seed in seeds]
             found[f"{fraction:.0%}/{way}"] = accuracy
-            if accuracy:
-                random = found[f"{fraction:.0%}/random"]
-                gains = [value - random[seed] for seed, value in accuracy.items()]
-                leave = "by its own rule" if cutoff is None else f"{cutoff:.0%}" if cutoff else ""
-                each = ", ".join(f"{gain:+.1f}" for gain in gains) if way != "random" else ""
-                mean = f"{np.mean(list(accuracy.values())):.1f}"
-                lines.append((f"{fraction:.0%}", leave, method, mean, each, len(gains)))
-    header = ("kept", "hardest rows that leave", "the others", "accuracy", "minus random rows, each seed", "seeds")
+            cutoff, method = WAYS[way]
+            leave = "by its own rule" if cutoff is None else f"{cutoff:.0%}" if cutoff else ""
+            drawn = found[f"{fraction:.0%}/random"][:count]  # the same seeds
+            each = ", ".join(f"{one - other:+.1f}" for one, other in zip(accuracy, drawn, strict=True))
+            means = (f"{np.mean(values):.1f}" for values in (accuracy, drawn))
+            lines.append((f"{fraction:.0%}", leave, method, count, *means, "" if way == "random" else each))
+    header = (
+        "kept",
+        "hardest rows that leave",
+        "the others",
+        "seeds",
+        "accuracy",
+        "of random rows",
+        "each difference",
+    )
     count = len(movie().rows["validation"]) + len(movie().rows["pool"]) - movie().drawn
     text = (
         f"MiniLM-L6 fine-tuned for {EPOCHS} epochs on movie reviews; mean accuracy in % on {count:,} rows that are in "

@@ -139,14 +139,14 @@ def movie_reviews(train: int = 6000, validation: int = 1000, test: int = 2000, s
 
     The test rows are the same for every size of the other splits; all rows left over are in the split `unlabelled`.
     """
-    known: dict[str, int] = {}
-    for sentence, score in _rated("movieReview"):
-        if score != 0:
-            known.setdefault(sentence, int(score > 0))
-    found = [{"text": sentence, "label": label} for sentence, label in sorted(known.items())]
-    label = datasets.ClassLabel(names=["negative", "positive"])
-    rows = _table(found, {"text": datasets.Value("string"), "label": label}, "movie reviews (Hutto and Gilbert 2014)")
+    rows = _judged("movieReview", "movie reviews (Hutto and Gilbert 2014)")
     return _split(rows, {"test": test, "validation": validation, "train": train}, seed)
+
+
+def editorials(test: int = 1000, seed: int = 0) -> datasets.Dataset:
+    """Sentences of editorials of the New York Times with the labels of `movie_reviews`: another source."""
+    rows = _judged("nytEditorial", "NYT editorials (Hutto and Gilbert 2014)")
+    return _split(rows, {"test": test}, seed)["test"]
 
 
 def nyt_snippets(validation: int = 500, test: int = 1000, seed: int = 0) -> datasets.DatasetDict:
@@ -215,6 +215,17 @@ def _rated(name: str) -> list[tuple[str, float]]:
         text = archive.extractfile(f"hutto_ICWSM_2014/{name}Snippets_GroundTruth.txt").read().decode("latin-1")
     rows = [line.split("\t", 2) for line in text.splitlines()]
     return [(sentence.strip(), float(score)) for _, score, sentence in rows]
+
+
+def _judged(name: str, title: str) -> datasets.Dataset:
+    """Sentences with the sign of their mean rating as label; deduplicated, sorted."""
+    known: dict[str, int] = {}
+    for sentence, score in _rated(name):
+        if score != 0:
+            known.setdefault(sentence, int(score > 0))
+    found = [{"text": sentence, "label": label} for sentence, label in sorted(known.items())]
+    label = datasets.ClassLabel(names=["negative", "positive"])
+    return _table(found, {"text": datasets.Value("string"), "label": label}, title)
 
 
 def _table(rows: list[dict[str, object]], features: Mapping[str, object], name: str) -> datasets.Dataset:

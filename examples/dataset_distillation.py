@@ -35,6 +35,7 @@ def main():
     reviews = assets.movie_reviews(train=3000)
     rows = reviews["train"].select(range(160)) if quick else reviews["train"]
     test = reviews["test"].select(range(100)) if quick else reviews["test"]
+    elsewhere = assets.editorials(100 if quick else 1000)  # the same labels, another source
     tokenizer = transformers.AutoTokenizer.from_pretrained(assets.minilm())
 
     how = {"model": assets.minilm(), "held_out": test, "cache_dir": options.output / "embeddings"}
@@ -43,8 +44,9 @@ def main():
 
     epochs = {"num_train_epochs": 1 if quick else 2, "seeds": [0] if quick else [0, 1, 2]}
     kept = options.output / f"runs-{len(rows)}"
+    sides = {"test": test, "out_of_distribution": elsewhere}
     proof = hfshrink.evaluate_subset(
-        subset, rows, new_model, test, processor=tokenizer, max_length=64, output_dir=kept, **epochs, **TRAINING
+        subset, rows, new_model, **sides, processor=tokenizer, max_length=64, output_dir=kept, **epochs, **TRAINING
     )
     print(f"{proof}\n", flush=True)
 

@@ -78,7 +78,7 @@ def check_class_order(names: Sequence[Any], config: Any, what: str) -> None:
     Raises:
         SettingError: The model's names are the same, in another order.
     """
-    ours = [str(config.id2label[number]) for number in range(config.num_labels)]
+    ours = [str(name) for _, name in sorted(config.id2label.items())] if names else []
     first, second = ([str(name).casefold() for name in group] for group in (names, ours))
     if first != second and sorted(first) == sorted(second):
         raise SettingError(

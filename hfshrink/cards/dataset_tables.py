@@ -150,7 +150,7 @@ def proof_tables(proof: Mapping[str, Any]) -> list[str]:
 def _trained_tables(proof: Mapping[str, Any], arms: Sequence[Mapping[str, Any]]) -> list[str]:
     outside = any(isinstance(arm.get("out_of_distribution"), Mapping) for arm in arms)
     header = ["arm", "rows", "epochs", "steps", "accuracy", "macro F1", "worst class", "train - test"]
-    header += ["other source: accuracy"] * outside + ["seconds"]
+    header += ["other source: accuracy"] * outside + ["seconds", "saved"]
     rows = [[*_arm_cells(arm, outside)] for arm in arms[:MOST_ROWS]]
     differences = [
         (
@@ -176,6 +176,8 @@ def _arm_cells(arm: Mapping[str, Any], outside: bool) -> Iterable[str]:
     yield number(arm.get("gap"), "+.4f")
     yield from [number(other.get("accuracy"), ".4f")] * outside
     yield number(arm.get("seconds"), ".1f")
+    known = arm.get("steps_saved") is not None
+    yield f"{number(arm['steps_saved'])} steps, {number(arm.get('seconds_saved'), '.1f')} s" if known else ""
 
 
 def _proof_facts(proof: Mapping[str, Any]) -> str:

@@ -66,8 +66,8 @@ def model_card(
         README that was edited by hand.
 
     Raises:
-        SettingError: The report has no steps, so there is nothing to tell; no such tier; a repository name, licence or
-            `base_model_relation` that the Hub doesn't know.
+        SettingError: The report has neither steps nor a subset, so there is nothing to tell; no such tier; a
+            repository name, licence or `base_model_relation` that the Hub doesn't know.
         CheckpointError: The record can't be read.
 
     Example:
@@ -115,9 +115,10 @@ def _read(report: Any) -> tuple[CompressionReport, str | None]:
     else:
         record = read_report(report)
         config = read_config(report) if isinstance(report, str | Path) else vars(config_of(report))
-    if not record.steps:
+    if not record.steps and "subset" not in record.details:
         raise SettingError(
-            "This record has no steps: hfshrink did nothing to the model, so there is no card to write."
+            "This record has no steps: hfshrink did nothing to the model, so there is no card to write. If it was "
+            "trained on a subset, call subset.attach(model) first."
         )
     if "task" not in record.details and (task := _task(config)):
         record = dataclasses.replace(record, details={**record.details, "task": task})

@@ -89,7 +89,7 @@ def many_zeros(side: Measurement) -> float | None:
 
 
 def step_table(report: CompressionReport) -> str:
-    """The steps in their order, each with its settings, its cost and its paper."""
+    """The steps in their order, each with its settings, its cost and its paper; empty without steps."""
     rows = [
         (
             str(place),
@@ -103,7 +103,7 @@ def step_table(report: CompressionReport) -> str:
         for place, step in enumerate(report.steps[:MOST_ROWS], start=1)
     ]
     header = ("", "step", "method", "settings", "parameters", "seconds", "source")
-    return table(header, rows) + and_more(len(report.steps), MOST_ROWS, "steps")
+    return table(header, rows) + and_more(len(report.steps), MOST_ROWS, "steps") if rows else ""
 
 
 def _settings(step: StepRecord) -> str:

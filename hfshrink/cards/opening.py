@@ -49,6 +49,8 @@ def opening_sentence(report: CompressionReport, data: Any) -> str:
     base = base_links(data) or plain(without_folder(name) or "")
     if name and base_links(data) and name not in _bases(data):  # a name that the steps took from a folder
         base = f"{plain(without_folder(name))}, which comes from {base},"
+    if not report.steps:
+        return f"{kind} {f'is {base}' if base else 'was'} trained on rows that hfshrink picked."
     runs = training_runs(report)
     steps = [" and ".join(_done(step) for step in run) for run in runs[:MOST]]
     more = f", and {len(runs) - MOST:,} more steps" if len(runs) > MOST else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -37,17 +37,20 @@ def read_options(pairs: list[str], title: str = "--option", example: str = "grou
     return found
 
 
-def in_options(message: str, options: Iterable[str]) -> str:
+def in_options(message: str, options: Mapping[str, str]) -> str:
     """An error's advice in the words of the command: its keywords as options, `overwrite=True` as `--overwrite`.
 
+    Calls in Python, paths and what was "got" stay as they are.
+
     Example:
-        >>> in_options("pass model= or method='random', or set overwrite=True", ["--model", "--method", "--overwrite"])
-        'pass --model or --method random, or set --overwrite'
+        >>> names = {"model": "--model", "method": "--method", "overwrite": "--overwrite"}
+        >>> in_options("pass model= or method='random', or set overwrite=True: select(method='auto') does not", names)
+        "pass --model or --method random, or set --overwrite: select(method='auto') does not"
     """
-    for option in options:
-        keyword = option.removeprefix("--").replace("-", "_")
-        message = re.sub(rf"\b{keyword}=(?!True\b)'?([\w.-]*\w)'?", rf"{option} \1", message)
-        message = re.sub(rf"\b{keyword}=(True\b)?", option, message)
+    for keyword, option in options.items():
+        start = rf"(?<![\w/(])(?<!got ){keyword}="
+        message = re.sub(rf"{start}(?!True\b)'?([\w.-]*\w)'?", rf"{option} \1", message)
+        message = re.sub(rf"{start}(True\b)?", option, message)
     return message
 
 
@@ -57,6 +60,7 @@ def main() -> None:
         app()
     except HfshrinkError as error:
         command = typer.main.get_command(app).commands.get(sys.argv[1])  # type: ignore[attr-defined]
-        options = [] if command is None else [option for param in command.params for option in param.opts]
-        typer.echo(f"error: {in_options(str(error), [o for o in options if o.startswith('--')])}", err=True)
+        params = [] if command is None else [param for param in command.params if param.opts[0].startswith("--")]
+        options = {param.name: param.opts[0] for param in params}
+        typer.echo(f"error: {in_options(str(error), options)}", err=True)
         sys.exit(1)

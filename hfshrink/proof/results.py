@@ -95,6 +95,11 @@ class Arm:
         """Its name in tables."""
         return self.data if self.equal is None else f"{self.data}, equal {self.equal}"
 
+    @property
+    def saved(self) -> str:
+        """Steps and seconds less than the full run took; empty for the full run."""
+        return "" if self.steps_saved is None else f"{self.steps_saved:,} steps, {self.seconds_saved or 0:.1f} s"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -215,7 +220,7 @@ class Proof:
         outside = bool(self.out_of_distribution)
         header = ["arm", "rows", "epochs", "steps", "accuracy", "precision, recall", "macro F1"]
         header += ["worst class", "train - test"]
-        header += ["OOD accuracy"] * outside + ["seconds"]
+        header += ["OOD accuracy"] * outside + ["seconds", "saved"]
         lines = []
         for arm in self.arms:
             worst = f"{arm.test.worst_class} {arm.test.worst_recall:.4f}"
@@ -224,7 +229,7 @@ class Proof:
             line += [f"{arm.test.precision.value:.4f}, {arm.test.recall.value:.4f}", arm.test.f1.show(), worst, gap]
             other = arm.out_of_distribution
             line += ["not measured" if other is None else other.accuracy.show()] * outside
-            lines.append([*line, f"{arm.seconds:.1f}"])
+            lines.append([*line, f"{arm.seconds:.1f}", arm.saved])
         return table(header, lines)
 
     def _difference_table(self) -> str:

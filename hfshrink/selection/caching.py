@@ -18,6 +18,7 @@ from torch import nn
 
 from hfshrink.digests import digest_of, weights_digest
 from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.labels import LABEL_COLUMNS
 from hfshrink.record import config_of, versions
 from hfshrink.saving import locked, write_text
 
@@ -87,7 +88,7 @@ def check_rows(
         rows: Number of rows that it was made of.
         columns: Their `column_digests`.
         what: Its name, for the message.
-        must_share: Whether both must have a column in common; else a warning says that only the rows were counted.
+        must_share: Whether both must have a column in common; else a warning says that contents were not compared.
 
     Raises:
         SettingError: Another number of rows, another content of a column that both have, or no such column.
@@ -98,12 +99,11 @@ def check_rows(
     shared = [name for name in getattr(dataset, "column_names", None) or () if name in columns]
     if not shared and must_share:
         raise SettingError(f"The {what} was made of other rows: no column is the same. {cure}")
-    if not shared:
+    if not set(shared) - set(LABEL_COLUMNS):
         logger.warning(
-            "No column of the data set is among the %s's (%s): only the number of rows was checked.",
+            "No column of the data set but labels is among the %s's (%s): that its rows are the same was not checked.",
             *(what, ", ".join(columns)),
         )
-        return
     digests = column_digests(dataset.select_columns(shared))
     changed = next((name for name in shared if digests[name] != columns[name]), None)
     if changed is not None:

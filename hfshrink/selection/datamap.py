@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hfshrink.errors import CheckpointError, SettingError, require
+from hfshrink.labels import find_label_column
 from hfshrink.record import versions
 from hfshrink.saving import write_text
 from hfshrink.selection.caching import check_rows
@@ -96,9 +97,18 @@ class DataMap:
         """Refuse a data set that this map was not made of; columns that only one side has say nothing.
 
         Raises:
-            SettingError: Another number of rows, or another content of a column that both have.
+            SettingError: Another number of rows, another content of a column that both have, or other classes.
         """
         check_rows(dataset, len(self), self.columns)
+        column = find_label_column(dataset)
+        if self.labels is None or column is None or "int" not in str(getattr(dataset.features[column], "dtype", "")):
+            return
+        classes = [-1 if value is None or value < 0 else value for value in dataset.with_format(None)[column]]
+        if classes != self.labels.tolist():
+            raise SettingError(
+                f"The data map was made of other rows: the classes in {column!r} are not those that it saw. Give the "
+                "data set that it was made of, before any filter or shuffle, or make a new one."
+            )
 
     def label_errors(self, top: int | None = None, threshold: float | None = None) -> list[LabelError]:
         """Rows whose label is likely wrong, the likeliest first: those of the lowest AUM (arXiv:2001.10528).

@@ -16,8 +16,8 @@ from hfshrink.selection.strata import CUTOFF, KEPT, ccs, check_scores, closest_t
 Indices = NDArray[np.int64]
 Scores = NDArray[np.float64]
 FEW_ROWS = 20  # rows a class up to which clustering gains most over random rows (table of arXiv:2404.00264)
-MANY = 0.2  # share of rows from which on random rows are hard to beat, once the hardest have left
-MOST_DROPPED = 0.05  # of the hardest rows, where so many are kept
+MANY = 0.2  # share of rows from which on random rows are hard to beat; 10 and 30 % are measured, not 20 %
+MOST_DROPPED = 0.05  # of the rows, the hardest, where `MANY` or more are kept
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,16 @@ MEASURES: dict[str, Measure] = {
 NAMES = (*METHODS, "auto")
 
 
+def percent(share: float) -> str:
+    """A share in words.
+
+    Example:
+        >>> percent(0.055)
+        '5.5 %'
+    """
+    return f"{100 * share:.3g} %"
+
+
 def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embeddings: bool) -> Choice:
     """The method of `"auto"`: by the share of rows that is kept, and by what there is to judge rows with.
 
@@ -206,7 +216,7 @@ def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embedd
             "method='auto' needs something to judge rows by: pass model= (a model, folder or Hub id that embeds the "
             "rows), embeddings= (an array of one vector a row), data_map= or scores=. method='random' needs none."
         )
-    share = f"{100 * kept:.3g} % of the rows are kept"
+    share = f"{percent(kept)} of the rows are kept"
     if has_embeddings and (kept < 0.1 or (per_class < FEW_ROWS and kept < 0.5)):
         few = f"{share}, below 10 %" if kept < 0.1 else f"{share}, under {FEW_ROWS} a class"
         why = f"{few}: the rows nearest to the centroids of each class stand for the others"
@@ -215,16 +225,16 @@ def choose_method(kept: float, per_class: float, *, has_scores: bool, has_embedd
         cutoff = float(np.interp(kept, KEPT, CUTOFF))
         return Choice(
             "kmeans",
-            f"{why}, after the hardest {cutoff:.0%} of each class, label errors above all, have left",
+            f"{why}, after the hardest {percent(cutoff)} of each class, label errors above all, have left",
             cutoff=cutoff,
         )
     if has_scores and kept < MANY:
-        return Choice("ccs", f"{share}, below {MANY:.0%}: coverage of the scores, without the hardest rows")
+        return Choice("ccs", f"{share}, below {percent(MANY)}: coverage of the scores, without the hardest rows")
     if not has_scores and kept < 0.5:
         return Choice("kmeans", f"{share}, and without labels there are no scores: the rows nearest to the centroids")
-    many = "half or more" if kept >= 0.5 else f"{MANY:.0%} or more"
+    many = "half or more" if kept >= 0.5 else f"{percent(MANY)} or more"
     cutoff = min(MOST_DROPPED, (1 - kept) / 2) if has_scores else 0.0
-    leave = [f"the hardest {100 * cutoff:.3g} % of each class"] if has_scores else []
+    leave = [f"the hardest {percent(cutoff)} of each class"] if cutoff else []
     if kept >= 0.5:
         leave.append("near-duplicates" if has_embeddings else "equal rows (near-duplicates need embeddings)")
     why = f"{share}, {many}: {' and '.join(leave)} leave first, the others are drawn"

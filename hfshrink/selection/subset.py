@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from hfshrink.data import read_dataset
 from hfshrink.errors import CheckpointError
+from hfshrink.record import model_name, report
 from hfshrink.saving import MAX_CONFIG_BYTES, save_aside
 from hfshrink.selection.caching import check_rows
 from hfshrink.selection.selection_report import SelectionReport
@@ -66,6 +68,30 @@ class Subset:
             text = json.dumps(self.report.to_dict(), indent=2, allow_nan=False)
             (aside / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
 
+    def attach(self, model: Any, repo_id: str | None = None) -> None:
+        """Say in a model's record that it was trained on these rows: its card shows the tables of their data card.
+
+        Args:
+            model: A transformers model; the next `save_pretrained` or push carries it.
+            repo_id: The Hub id that the subset was pushed to, which the card links to.
+
+        Raises:
+            SettingError: It is no model.
+
+        Example:
+            >>> from datasets import Dataset
+            >>> from transformers import BertConfig, BertModel
+            >>> from hfshrink.selection import select
+            >>> model = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+            >>> select(Dataset.from_dict({"row": [1, 2, 3, 4]}), 0.5, "random").attach(model, "me/half")
+            >>> model.config.hfshrink["details"]["subset"]["repo_id"]
+            'me/half'
+        """
+        record = report(model)
+        facts = {**self.report.to_dict(), **({} if repo_id is None else {"repo_id": repo_id})}
+        details, base = {**record.details, "subset": facts}, record.base_model or model_name(model)
+        dataclasses.replace(record, base_model=base, details=details).attach(model)
+
     @classmethod
     def load(cls, folder: str | Path, dataset: Dataset) -> Subset:
         """The subset that `save` wrote.
@@ -79,16 +105,16 @@ class Subset:
             SettingError: The data set has other rows than the one that the subset was picked from.
         """
         folder, dataset = Path(folder), read_dataset(dataset)
-        report = SelectionReport.from_dict(_read_json(folder / REPORT_FILE))
-        indices = _read_array(folder / INDICES_FILE, "i", report.size)
-        rising = np.all(indices[1:] > indices[:-1]) and indices[0] >= 0 and indices[-1] < report.rows
+        about = SelectionReport.from_dict(_read_json(folder / REPORT_FILE))
+        indices = _read_array(folder / INDICES_FILE, "i", about.size)
+        rising = np.all(indices[1:] > indices[:-1]) and indices[0] >= 0 and indices[-1] < about.rows
         if not rising:
-            raise CheckpointError(f"{folder / INDICES_FILE} must hold rising row numbers in 0..{report.rows - 1}.")
-        scores = _read_array(folder / SCORES_FILE, "f", report.rows) if (folder / SCORES_FILE).exists() else None
-        learnt = _read_array(folder / LEARNT_FILE, "f", report.size, 2) if (folder / LEARNT_FILE).exists() else None
-        check_rows(dataset, report.rows, report.columns, "subset", must_share=True)
+            raise CheckpointError(f"{folder / INDICES_FILE} must hold rising row numbers in 0..{about.rows - 1}.")
+        scores = _read_array(folder / SCORES_FILE, "f", about.rows) if (folder / SCORES_FILE).exists() else None
+        learnt = _read_array(folder / LEARNT_FILE, "f", about.size, 2) if (folder / LEARNT_FILE).exists() else None
+        check_rows(dataset, about.rows, about.columns, "subset", must_share=True)
         indices = indices.astype(np.int64)
-        return cls(dataset.select(indices), indices, scores, report, learnt)
+        return cls(dataset.select(indices), indices, scores, about, learnt)
 
 
 def _read_json(path: Path) -> Any:

@@ -389,7 +389,7 @@ TRAINED = {
         {"data": "full", "equal": None, "rows": 5000, "epochs": 3.0, "steps": 471, "seconds": 95.04, "gap": 0.1}
         | {"test": SCORED, "out_of_distribution": SCORED},
         {"data": "subset", "equal": "steps", "rows": 500, "epochs": 29.4, "steps": 471, "seconds": None, "gap": None}
-        | {"test": SCORED, "out_of_distribution": None},
+        | {"test": SCORED, "out_of_distribution": None, "steps_saved": 0, "seconds_saved": -1.25},
     ],
     "differences": [
         {"against": "random", "equal": "steps", "data": "test", "metric": "f1", "verdict": "not told apart"}
@@ -408,10 +408,10 @@ TRAINED_PATTERN = r"""\| what +\| value +\|
 \| seconds to pick the rows \| not measured +\|
 \| machine +\| device=cpu +\|
 
-\| arm +\| rows +\| epochs \| steps \| accuracy +\| macro F1 +\| worst class \| train - test +\| other source: accuracy +\| seconds +\|
+\| arm +\| rows +\| epochs \| steps \| accuracy +\| macro F1 +\| worst class \| train - test +\| other source: accuracy +\| seconds +\| saved +\|
 [|-]+
-\| full +\| 5,000 \| 3 +\| 471 +\| (0\.5000 \\\[0\.4000, 0\.6000\\\]) +\| \1 +\| bad: 0\.2500 \| \+0\.1000 +\| \1 +\| 95\.0 +\|
-\| subset, equal steps \| 500 +\| 29\.4 +\| 471 +\| \1 +\| \1 +\| bad: 0\.2500 \| not measured \| not measured +\| not measured \|
+\| full +\| 5,000 \| 3 +\| 471 +\| (0\.5000 \\\[0\.4000, 0\.6000\\\]) +\| \1 +\| bad: 0\.2500 \| \+0\.1000 +\| \1 +\| 95\.0 +\| +\|
+\| subset, equal steps \| 500 +\| 29\.4 +\| 471 +\| \1 +\| \1 +\| bad: 0\.2500 \| not measured \| not measured +\| not measured \| 0 steps, -1\.2 s \|
 
 \| difference +\| metric +\| value \\\[95 % interval\\\] +\| the interval says \|
 [|-]+

@@ -3,16 +3,17 @@
 import re
 
 import pytest
+from datasets import ClassLabel, Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 import tiny
 from cards.records import full_report
-from hfshrink import CompressionReport, model_card
+from hfshrink import CompressionReport, dataset_card, model_card, select
 from hfshrink.cards.reproduce import recipe
 from hfshrink.errors import SettingError
 from hfshrink.measurement import Latency, Measurement, Score
-from hfshrink.record import StepRecord
+from hfshrink.record import StepRecord, append_step
 
 PATTERN = r"""---
 base_model: org/base
@@ -349,6 +350,27 @@ def test_a_subset_that_can_not_be_read_is_told():
 def test_metadata_that_the_hub_would_refuse_are_refused(keywords, message):
     with pytest.raises(SettingError, match=message):
         made(**keywords)
+
+
+@pytest.mark.parametrize("step", [StepRecord("distill", "logits"), None])
+def test_card_of_a_model_trained_on_a_subset_links_to_it_and_shows_its_tables(tmp_path, step):
+    classes = ClassLabel(names=["bad", "good"])
+    rows = Dataset.from_dict({"text": [f"a film {row}" for row in range(40)], "label": [0, 1] * 20})
+    subset = select(rows.cast_column("label", classes), 0.25, "random")
+    model = tiny.model("bert")
+    model.config._name_or_path = "org/base"
+    subset.attach(model, "me/ten")
+    if step is not None:
+        append_step(model, step)
+    model.save_pretrained(tmp_path / "model")
+    card, data_card = model_card(tmp_path / "model"), dataset_card(subset)
+    assert card.data.datasets == ["me/ten"]
+    assert card.data.base_model == "org/base"
+    assert "[me/ten](https://huggingface.co/datasets/me/ten)" in card.content
+    tables = [part for part in data_card.content.split("\n\n") if part.startswith("| ")]
+    assert sum(part in card.content for part in tables) >= 3  # of classes, of coverage, of the least kept groups
+    assert ("trained on rows that hfshrink picked" in card.content) == (step is None)
+    assert ("## How it was made" in card.content) == (step is not None)
 
 
 def test_untouched_model_has_no_card():

@@ -79,6 +79,7 @@ def test_steps_are_those_of_the_full_run_or_its_epochs(planted):
     assert [arm.steps_saved for arm in arms.values()] == [None, 20, 20, 0, 0]
     full, subset = arms["full"], arms["subset, equal epochs"]
     assert subset.seconds_saved == pytest.approx(full.seconds - subset.seconds)
+    assert f"| {subset.steps_saved:,} steps, {subset.seconds_saved:.1f} s" in str(planted[0])
     assert all(run["steps"] == arm.steps for arm in arms.values() for run in arm.runs)
 
 

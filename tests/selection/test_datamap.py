@@ -466,7 +466,11 @@ def test_a_data_set_without_a_known_column_is_only_counted(caplog):
     run(tiny.model("bert", seed=1), training.rows(8), [callback], num_train_epochs=1)
     with caplog.at_level(logging.WARNING):
         callback.data_map.check_rows(Dataset.from_dict({"text": ["a"] * 8}))
-    assert "only the number of rows was checked" in caplog.text
+    assert "that its rows are the same was not checked" in caplog.text
+    raw = training.rows(8).select_columns("labels").rename_column("labels", "label").add_column("text", ["a"] * 8)
+    callback.data_map.check_rows(raw)
+    with pytest.raises(SettingError, match="the classes in 'label' are not those that it saw"):
+        callback.data_map.check_rows(raw.select(range(1, 8)).add_item(raw[0]))
 
 
 def test_token_tasks_have_no_label_errors():

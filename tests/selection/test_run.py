@@ -141,7 +141,7 @@ def test_auto_at_few_rows_is_k_means_on_what_the_hardest_rows_leave():
     left = np.setdiff1d(np.arange(40), np.concatenate(hardest))
     assert subset.indices.tolist() == left[kmeans_subset(POINTS[left], 3, CLASSES[left], normalize=True)].tolist()
     assert subset.report.score == "el2n"
-    assert "the hardest 30% of each class" in subset.report.why
+    assert "the hardest 30 % of each class" in subset.report.why
 
 
 def test_auto_below_ten_percent_keeps_wrong_labels_out_and_costs_nothing_without_them():

@@ -251,6 +251,9 @@ def _undone_on_error(model: Any, groups: Sequence[UnitGroup]) -> Iterator[None]:
 
 
 def _prune_layers(model: Any, asked: _Asked, data: CalibrationData) -> _Done:
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    floats = [name for name, weight in weights.items() if isinstance(weight, Tensor) and weight.is_floating_point()]
+    check_weights({name: model.get_submodule(name) for name in floats})
     depth = len(layer_stack(model)[1])
     number = round(asked.sparsity * depth)
     if number == 0 and asked.sparsity:

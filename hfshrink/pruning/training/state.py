@@ -61,6 +61,8 @@ class TrainingMasks:
         asked = self.pruning.at(progress)
         if progress >= 1 - self.pruning.cooldown:
             return asked != self.sparsity
+        if self.sparsity < self.pruning.initial_sparsity:
+            return True
         return bool(asked) and step % (self.pruning.update_steps or max(1, max_steps // UPDATES)) == 0
 
     def update(self, sparsity: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,7 +165,7 @@ def scores_of(target: Target, model: nn.Module, pruning: Pruning) -> Tensor:
     mask = target.masks[0]
     if pruning.method == "random":
         size = mask.weight.shape if target.group is None else (target.group.units,)
-        seed = pruning.seed + sum(map(ord, target.name))  # masks of equal shapes must not be the same
+        seed = pruning.seed + zlib.crc32(target.name.encode())  # masks of equal shapes must not be the same
         return scores.random_scores(size, seed).to(mask.weight.device)
     if pruning.method in ("taylor", "fisher"):
         if target.gathered is None:  # no gradient came here: the loss does not depend on it

@@ -162,7 +162,7 @@ class PruningMixin(PublishingMixin):
         self.add_callback(callback)
         try:
             yield
-        except Exception:  # auto_find_batch_size begins again on this model, and so may the user
+        except BaseException:  # auto_find_batch_size begins again on this model, and so may the user after Ctrl-C
             self._masks.reveal()
             self._forget_scores()
             self._masks = None

@@ -117,9 +117,9 @@ def test_data_without_labels_is_named():
 def test_broken_weights_are_named():
     model = tiny.model("bert")
     model.bert.encoder.layer[1].output.dense.weight.data[0, 0] = float("nan")
-    for structure in ("unstructured", "neurons"):
+    for structure, method in (("unstructured", None), ("neurons", None), ("layers", "top"), ("layers", "random")):
         with pytest.raises(SettingError, match="layer.1.output.dense.weight has NaN"):
-            prune(model, 0.5, structure)
+            prune(model, 0.5, structure, method)
 
 
 def test_an_export_is_refused():

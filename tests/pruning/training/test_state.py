@@ -30,6 +30,19 @@ def test_a_rare_update_still_reaches_the_target():
     assert updates(Pruning(0.5, cooldown=0.0, update_steps=1000), 20) == {20: 0.5}
 
 
+def test_the_initial_sparsity_is_there_from_the_first_step_on():
+    found = updates(Pruning(0.8, initial_sparsity=0.4, warmup=0.5, cooldown=0.3, update_steps=1000), 20)
+    assert found == {1: 0.4, 14: 0.8}
+
+
+def test_random_masks_of_equal_shapes_differ_in_all_layers():
+    masks = TrainingMasks(tiny.model("distilbert", n_layers=6), Pruning(0.5, method="random", scope="module"))
+    masks.update(0.5)
+    hidden = [mask.hidden for target in masks.targets for mask in target.masks]
+    squares = [tuple(mask.flatten().tolist()) for mask in hidden if mask.shape == hidden[0].shape]
+    assert len(squares) == len(set(squares)) == 24  # q, k, v and out of six layers
+
+
 def test_a_sparsity_of_0_changes_nothing():
     assert updates(Pruning(0.0), 20) == {}
 
