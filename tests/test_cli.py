@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 import tiny
 from hfshrink import load, report
 from hfshrink.cli import app, main
+from hfshrink.pruning.units.groups import find_units
+from hfshrink.pruning.units.weights import prunable
 
 
 @pytest.fixture
@@ -110,6 +112,34 @@ def test_prune_trims_the_vocabulary_and_saves_the_trimmed_tokenizer(teacher, tmp
     model, tokenizer = load(tmp_path / "small")
     assert sorted(tokenizer.get_vocab()) == sorted([*tiny.SPECIAL, "a", "bad", "film", "good"])
     assert model.config.vocab_size == 9
+
+
+def test_prune_drops_layers(teacher, tmp_path):
+    done = run("prune", teacher, tmp_path / "small", "--sparsity", 0.5, "--structure", "layers")
+    assert done.exit_code == 0, done.output
+    model, _ = load(tmp_path / "small")
+    assert len(model.bert.encoder.layer) == model.config.num_hidden_layers == 1
+
+
+def test_prune_takes_a_pattern_without_a_sparsity(teacher, tmp_path):
+    done = run("prune", teacher, tmp_path / "small", "--structure", "2:4")
+    assert done.exit_code == 0, done.output
+    model, _ = load(tmp_path / "small")
+    for name, module in prunable(model).items():
+        assert ((module.weight != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all(), name
+
+
+def test_prune_saves_latency_where_asked_to(teacher, tmp_path):
+    wide = tiny.model("bert", hidden_size=128, intermediate_size=512)  # latency follows width only where there is some
+    wide.save_pretrained(teacher)
+    words = ["prune", teacher, tmp_path / "small", "--sparsity", 0.3, "--structure", "heads+neurons"]
+    done = run(*words, "--cost", "latency", "--calibration", tmp_path / "rows")
+    assert done.exit_code == 0, done.output
+    results = report(tmp_path / "small").steps[-1].results
+    assert results["latency_ms_after"] <= 0.7 * results["latency_ms_before"] * 1.001
+    model, _ = load(tmp_path / "small")
+    assert {group.units for group in find_units(model, "heads+neurons")} != {4, 512}
+    assert model.num_parameters() < wide.num_parameters()
 
 
 @pytest.mark.parametrize(

@@ -8,31 +8,39 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerCallback
 
 import tiny
 import training
 from hfshrink import report
-from hfshrink.errors import CheckpointError, SettingError
+from hfshrink.errors import CheckpointError, SettingError, UnsupportedModelError
 from hfshrink.pruning.training.settings import Pruning
 from hfshrink.pruning.training.trainer import STATE_FILE, PruningMixin, PruningTrainer
+from hfshrink.pruning.units.groups import find_units, used_units
 from hfshrink.pruning.units.weights import prunable
 
 METHODS = ("magnitude", "movement", "soft-movement", "taylor", "fisher", "random")
 
 
 def model(family="bert", **config):
-    return tiny.model(family, seed=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **config)
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if family != "resnet" else {}
+    return tiny.model(family, seed=1, **dropout, **config)
 
 
-def run(network, pruning, resume=None, rows=32, cls=PruningTrainer, **arguments):
+def model_for(structure):
+    return model("resnet" if structure == "channels" else "bert")
+
+
+def run(network, pruning, resume=None, rows=32, cls=PruningTrainer, callbacks=None, **arguments):
     settings = {"max_steps": 8, "logging_steps": 1, **arguments}
+    images = network.main_input_name == "pixel_values"
     trainer = cls(
         network,
         training.arguments(**settings),
         pruning=pruning,
-        train_dataset=training.rows(rows),
-        data_collator=training.collate,
+        train_dataset=_rows("vit", None) if images else training.rows(rows),
+        data_collator=None if images else training.collate,
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -51,6 +59,22 @@ def test_the_asked_sparsity_is_reached_and_kept(method, scope):
     assert zeros(network) == pytest.approx(0.75, abs=1e-3)
     sizes = [float((m.weight == 0).float().mean()) for m in prunable(network).values()]
     assert (max(sizes) - min(sizes) < 0.01) == (scope == "module")
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "neurons"])
+def test_a_run_that_is_stopped_by_hand_leaves_dense_weights(structure):
+    network = model()
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    settings = Pruning(0.75, structure, cooldown=0.4, update_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(network, settings, learning_rate=0.0, weight_decay=0.0, callbacks=[Stop()])
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
 
 
 def test_heads_embeddings_and_norms_are_left_alone():
@@ -153,14 +177,14 @@ def test_accumulated_batches_equal_one_large_batch(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("structure", ["unstructured", "2:4", "heads+neurons"])
+@pytest.mark.parametrize("structure", ["unstructured", "2:4", "heads+neurons", "channels"])
 def test_an_interrupted_run_goes_on_exactly(method, structure, tmp_path):
     pruning = Pruning(0.5, structure, method, cut=False)
     how = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1}
-    whole, again = model(), model()
+    whole, again = model_for(structure), model_for(structure)
     run(whole, pruning, output_dir=str(tmp_path), **how)
     run(again, pruning, resume=str(tmp_path / "checkpoint-3"), output_dir=str(tmp_path / "again"), **how)
-    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 
@@ -184,6 +208,65 @@ def test_every_checkpoint_is_a_plain_pruned_model(method, tmp_path):
         assert (state[f"aside.{name}"][state[f"hidden.{name}"]] != 0).all()
     assert shares == sorted(shares)
     assert shares[0] < shares[-1] == pytest.approx(0.8, abs=1e-3)
+
+
+class EachStep(TrainerCallback):
+    """Keeps what a function finds in the model when a step ends."""
+
+    def __init__(self, look):
+        self.look, self.found = look, {}
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.found[state.global_step] = self.look(model)
+
+
+def share_hidden(network, structure):
+    if structure in ("unstructured", "2:4"):
+        return zeros(network)
+    used = torch.cat([used_units(network, group) for group in find_units(network, structure)])
+    return 1 - float(used.float().mean())
+
+
+@pytest.mark.parametrize("structure", ["neurons", "heads+neurons", "2:4", "channels"])
+def test_checkpoints_hold_the_plain_model_as_it_trains_before_anything_is_cut(structure, tmp_path):
+    network = model_for(structure)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    watch = EachStep(lambda m: {name: tensor.clone() for name, tensor in m.state_dict().items()})
+    how = {"save_strategy": "steps", "save_steps": 2, "output_dir": str(tmp_path), "callbacks": [watch]}
+    trainer = run(network, Pruning(None if structure == "2:4" else 0.5, structure), **how)
+    logged = {entry["step"]: entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry}
+    shares = []
+    for step in (2, 4, 6, 8):
+        loaded = type(network).from_pretrained(tmp_path / f"checkpoint-{step}")
+        assert {name: tensor.shape for name, tensor in loaded.state_dict().items()} == shapes
+        assert all(torch.equal(tensor, watch.found[step][name]) for name, tensor in loaded.state_dict().items())
+        shares.append(share_hidden(loaded, structure))
+        assert shares[-1] == pytest.approx(logged[step], abs=1e-6)
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1] == pytest.approx(0.5, abs=0.02)
+    assert (sum(p.numel() for p in network.parameters()) < sum(map(torch.Size.numel, shapes.values()))) == (
+        structure != "2:4"
+    )
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "neurons"])
+@pytest.mark.parametrize(
+    ("schedule", "jumps"), [("one-shot", [0.75]), ("iterative", [1 - 0.25 ** (1 / 3), 1 - 0.25 ** (2 / 3), 0.75])]
+)
+def test_schedules_that_jump_reach_the_sparsity_and_no_zero_grows_back_in_the_cool_down(schedule, jumps, structure):
+    network = model()
+    watch = EachStep(lambda m: {name: module.weight == 0 for name, module in prunable(m).items()})
+    pruning = Pruning(0.75, structure, schedule=schedule, rounds=3, cut=False, warmup=0.2, cooldown=0.4)
+    how = {"max_steps": 20, "optim": "adamw_torch", "weight_decay": 0.1, "callbacks": [watch]}
+    trainer = run(network, pruning, **how)
+    logged = [entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry]
+    assert logged[:3] == [0, 0, 0]
+    assert sorted({*logged} - {0}) == pytest.approx(jumps, abs=0.02)
+    assert logged[11:] == pytest.approx([0.75] * 9, abs=1e-3)
+    hidden = watch.found[12]
+    for step in range(13, 21):
+        assert all(torch.equal(mask, hidden[name]) for name, mask in watch.found[step].items()), step
+    assert share_hidden(network, structure) == pytest.approx(0.75, abs=1e-3)
 
 
 def test_hidden_weights_may_come_back():
@@ -362,6 +445,27 @@ def test_what_cannot_work_is_told_before_training():
     frozen.bert.requires_grad_(False)
     with pytest.raises(SettingError, match="is frozen"):
         make(frozen, Pruning(0.5))
+
+
+@pytest.mark.parametrize("flag", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_weights_are_refused(flag):
+    class Sharded(PruningTrainer):
+        """Finds sharding switched on, as under accelerate's launcher."""
+
+        def create_accelerator_and_postprocess(self):
+            super().create_accelerator_and_postprocess()
+            setattr(self, flag, True)
+
+    with pytest.raises(SettingError, match="one process or DDP, not FSDP or DeepSpeed"):
+        Sharded(model(), training.arguments(), pruning=Pruning(0.5), train_dataset=training.rows())
+
+
+def test_quantized_weights_are_refused():
+    network = model()
+    network.quantization_method, network.is_quantized = "gptq", True
+    network._hf_peft_config_loaded = True  # the Trainer itself lets only quantized models with adapters through
+    with pytest.raises(UnsupportedModelError, match="Prune the float model, then quantize it"):
+        PruningTrainer(network, training.arguments(), pruning=Pruning(0.5), train_dataset=training.rows())
 
 
 def test_what_cannot_be_cut_is_told_before_training():

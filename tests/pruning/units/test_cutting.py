@@ -87,9 +87,9 @@ def test_generate(family: str, cache: str | None) -> None:
         assert expected.shape == (2, 13)
 
 
-@pytest.mark.parametrize("model_type", ["opt", "deberta-v2", "qwen3", "dinov2"])
+@pytest.mark.parametrize("model_type", ["opt", "deberta-v2", "qwen3", "dinov2", "mistral", "deit"])
 def test_families_that_count_their_heads(model_type: str, tmp_path: Path) -> None:
-    """They reshape by the number of heads, norm each head, or spell their widths otherwise."""
+    """They reshape by the number of heads, norm each head, spell their widths otherwise, or are cousins of others."""
     settings = {name: value for name, value in tiny.ENCODER.items() if name != "intermediate_size"}
     special = {
         "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
@@ -98,13 +98,15 @@ def test_families_that_count_their_heads(model_type: str, tmp_path: Path) -> Non
         },
         "qwen3": {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4},
         "dinov2": {"mlp_ratio": 2, "image_size": 8, "patch_size": 4},
+        "mistral": {"intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 4},
+        "deit": {"intermediate_size": 24, "image_size": 8, "patch_size": 4},
     }  # fmt: skip
     config = transformers.AutoConfig.for_model(model_type, **settings, **special[model_type])
     network = transformers.AutoModel.from_config(config).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter) / 4)
-    batch = tiny.inputs("vit" if model_type == "dinov2" else "llama")
+    batch = tiny.inputs("vit" if "image_size" in special[model_type] else "llama")
     kept = cuts.uneven_units(network)
     small = cuts.cut(network, "heads+neurons", kept)
     with torch.no_grad():
