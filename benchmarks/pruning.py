@@ -96,7 +96,6 @@ ARMS = (
         "90 % of the weights, movement from magnitudes",
         {"sparsity": 0.9, "method": "movement"},
         10,
-        3,
         rates=(3e-4,),
     ),
     Arm(
