@@ -40,18 +40,13 @@ UNITS = {"structure": "heads+neurons"}
 KINDS = {
     "units-50": ("heads and neurons, 50 % off", {"sparsity": 0.5, **UNITS}, UNIT_METHODS),
     "units-40": ("heads and neurons, 40 % off", {"sparsity": 0.4, **UNITS}, ("search", "magnitude", "random")),
-    "units-latency": (
-        "heads and neurons, half of their time off",
-        {"sparsity": 0.5, "cost": "latency", **UNITS},
-        ("search",),
-    ),
     "layers": ("2 of 6 layers off", {"sparsity": 1 / 3, "structure": "layers"}, LAYER_METHODS),
     "layers-tuned": ("2 of 6 layers off, then one epoch", {}, ("chosen",)),
     "vocabulary": ("vocabulary trimmed", {}, ("corpus",)),
 }
 """Kind -> title, keywords of `prune`, methods."""
 BASELINES = {"units-50": "magnitude", "units-40": "magnitude", "layers": "random"}
-KEPT = ("units-50/search", "units-40/search", "units-latency/search", "layers-tuned/chosen", "vocabulary/corpus")
+KEPT = ("units-50/search", "units-40/search", "layers-tuned/chosen", "vocabulary/corpus")
 """Runs whose model of seed 0 is kept, for pruning_speed.py."""
 
 
