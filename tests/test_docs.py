@@ -113,7 +113,7 @@ def test_the_page_on_selection_runs_from_top_to_bottom(tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 @pytest.mark.network
-@pytest.mark.parametrize(("name", "shown"), [("pruning", 3), ("factorization", 4), ("dataset_distillation", 5)])
+@pytest.mark.parametrize(("name", "shown"), [("pruning", 3), ("factorization", 4), ("dataset_distillation", 10)])
 def test_the_example_runs(name, shown):
     """On real weights and rows, of which there must be a copy or a package index."""
     command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--quick"]
