@@ -83,7 +83,8 @@ CARDS = {
         "license": "mit",
         "language": "en",
         "story": "30 % of 3,000 training rows, as examples/dataset_distillation.py picks them; the embeddings are "
-        "those of sentence-transformers/all-MiniLM-L6-v2, which has seen none of the labels.",
+        "those of sentence-transformers/all-MiniLM-L6-v2, which has seen none of the labels. The proof's seconds are "
+        "of a machine that was busy with other work: its steps tell what is saved.",
         "data": [{**MOVIES, "use": "the rows that were picked from; test rows were only searched for copies"}],
     },
 }
