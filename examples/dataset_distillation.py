@@ -1,6 +1,6 @@
 """The 30 % of movie reviews worth training on: picked, proved against all and random rows, carded, and taught.
 
-`.venv/bin/python examples/dataset_distillation.py` fine-tunes MiniLM-L6 fifteen times, in about twenty minutes on
+`.venv/bin/python examples/dataset_distillation.py` fine-tunes MiniLM-L6 fifteen times, in about half an hour on
 2 cores, and goes on where it was stopped; `--quick` shows the calls in about a minute. The measured comparisons are
 benchmarks/selection.py and its neighbours.
 """

@@ -31,6 +31,19 @@ def find_label_column(dataset: Dataset, label_column: str | None = None) -> str 
     return next((name for name in LABEL_COLUMNS if name in dataset.column_names), None)
 
 
+def class_names(dataset: Dataset, column: str) -> list[str] | None:
+    """Names of a column's class numbers, of one class a row or several; None where the data set has none.
+
+    Example:
+        >>> from datasets import ClassLabel, Dataset
+        >>> rows = Dataset.from_dict({"label": [0, 1]}).cast_column("label", ClassLabel(names=["bad", "good"]))
+        >>> class_names(rows, "label")
+        ['bad', 'good']
+    """
+    feature: Any = dataset.features[column]
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
 def model_labels(dataset: Dataset, column: str, model: Any) -> list[Any]:
     """The labels of a data set as the model's label ids (class numbers, or what the column holds for other heads).
 

@@ -16,7 +16,7 @@ from hfshrink.data import INPUT_COLUMNS, LANGUAGE_TASKS
 from hfshrink.distillation.teachers.cache import cache_teacher
 from hfshrink.distillation.teachers.collator import TEACHER_COLUMNS
 from hfshrink.errors import CheckpointError, SettingError
-from hfshrink.labels import find_label_column
+from hfshrink.labels import class_names, find_label_column
 from hfshrink.loading import infer_task, load
 from hfshrink.record import model_name
 from hfshrink.saving import MAX_CONFIG_BYTES, save_aside
@@ -170,7 +170,7 @@ def _without_answers(subset: Any) -> Dataset:
 def _class_order(rows: Dataset, model: Any) -> list[int] | None:
     """The teacher's class for each of the data set's, by name; None where they agree or have no names in common."""
     column = find_label_column(rows)
-    names = None if column is None else _class_names(rows, column)
+    names = None if column is None else class_names(rows, column)
     if names is None or model.config.num_labels == 1:
         return None
     if len(names) != model.config.num_labels:
@@ -191,11 +191,6 @@ def _class_order(rows: Dataset, model: Any) -> list[int] | None:
         return None
     order = [theirs[name] for name in ours]
     return None if order == sorted(order) else order
-
-
-def _class_names(rows: Dataset, column: str) -> list[str] | None:
-    feature: Any = rows.features[column]
-    return getattr(getattr(feature, "feature", feature), "names", None)
 
 
 def _names(rows: Dataset, model: Any, order: Sequence[int] | None) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hfshrink.labels import class_names
 from hfshrink.record import model_name
 from hfshrink.selection.blockwise import BLOCK_NUMBERS, Rows
 from hfshrink.selection.budgets import budgets_left
@@ -272,12 +273,12 @@ class Selection:
         labels, rows = self.request.labels, self.request.rows
         shares: tuple[ClassShare, ...] = ()
         if labels.values is not None and labels.column is not None:
-            shares = class_shares(labels.column, labels.values, indices, _names(rows, labels.column))
+            shares = class_shares(labels.column, labels.values, indices, class_names(rows, labels.column))
         if labels.strata is None or labels.strata_column is None or labels.strata is labels.values:
             return shares
         tags = labels.strata_column == labels.column
         title = f"{labels.strata_column} (rarest of a row)" if tags else labels.strata_column
-        return shares + class_shares(title, labels.strata, indices, _names(rows, labels.strata_column))
+        return shares + class_shares(title, labels.strata, indices, class_names(rows, labels.strata_column))
 
 
 def only_rows(embeddings: NDArray[Any], rows: NDArray[np.int64], folder: str) -> NDArray[Any]:
@@ -291,12 +292,6 @@ def only_rows(embeddings: NDArray[Any], rows: NDArray[np.int64], folder: str) ->
     for where, block in Rows(embeddings, rows).blocks():
         copy[where] = block
     return copy
-
-
-def _names(rows: Dataset, column: str) -> list[str] | None:
-    """Names of a column's class numbers, where the data set has them."""
-    feature: Any = rows.features[column]
-    return getattr(getattr(feature, "feature", feature), "names", None)
 
 
 def hub_source(rows: Dataset) -> tuple[str | None, str | None]:

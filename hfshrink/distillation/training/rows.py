@@ -16,7 +16,7 @@ from hfshrink.distillation.teachers.cache import cache_teacher
 from hfshrink.distillation.teachers.collator import TEACHER_COLUMNS
 from hfshrink.distillation.teachers.panel import SPANS
 from hfshrink.errors import SettingError
-from hfshrink.labels import check_class_order, find_label_column
+from hfshrink.labels import check_class_order, class_names, find_label_column
 from hfshrink.record import config_of, model_name
 
 _Trainer: Any = object  # to the type checker any Trainer: the mixin stands before one, and is none itself
@@ -50,8 +50,7 @@ class RowsMixin(_Trainer):
         if self._uses_labels() and self._task not in LANGUAGE_TASKS and not labels & columns:  # LM collators make them
             raise SettingError(NO_LABELS.format(what="train_dataset", names=sorted(columns), weight=self.label_weight))
         if (column := find_label_column(self.train_dataset)) is not None:
-            feature: Any = self.train_dataset.features[column]
-            names = getattr(getattr(feature, "feature", feature), "names", None)
+            names = class_names(self.train_dataset, column)
             check_class_order(names or [], config_of(self.model), f"The column {column!r} has the classes")
         if "input_ids" in columns:
             teacher = None if self._crosses_tokenizers() else self.teacher
